@@ -1,0 +1,705 @@
+"""LTX-2.3's video transformer, its noise schedule and guidance, LoRA, and the checkpoint file.
+
+The base model that ST-DRC (arXiv 2606.02441) builds on. A latent video is a sequence of tokens; the transformer
+looks at noisy tokens, each with its own noise level and its own coordinate, and predicts the velocity from data to
+noise. Nothing in this file knows what a reference is: reference tokens are ordinary tokens whose noise level is 0 and
+whose coordinate comes from rope.py. That is the paper's point of "no extra adapter" and it is why the file has to
+accept one noise level *per token*; a model with one level per sample would treat the clean picture as noise.
+
+Source: LTX-2.3 throughout; the module tree has the very names of the published file, so weights load by name.
+  our reading: LoRA targets, rank and alpha (the paper shows that the transformer is trained, not how); they are those
+  of LTX's published in-context LoRA recipe.
+
+A block, x (B, S, D), modulated by nine rows (shift, scale, gate for each of three parts) made from the noise level:
+  x += gate * self-attention(rms(x) * (1 + scale) + shift)     rotary positions, all tokens see all tokens
+  x += gate * text-attention(rms(x) * (1 + scale) + shift)     keys and values from the modulated prompt context
+  x += gate * feed-forward (rms(x) * (1 + scale) + shift)
+
+Conventions
+  Noise: sigma 1 is noise, 0 is data; x_s = (1-s)*x0 + s*noise; v = noise - x0; x0 = x_s - s*v. Sigmas are 0..1 here;
+  the factor 1000 is applied inside. Off-values: cfg 1, stg 0, rescale 0, LoRA strength 0.
+  Attention masks are in [0, 1], 1 = sees, 0 = does not; fractions become a log bias. float32 and bf16, not float16.
+Traps: q and k are normalised over the full width before heads are split; the gate of an attention comes from its query
+  side; adaLN rows 3-5 belong to the feed-forward and 6-8 to the text attention although the latter runs first; the last
+  norm subtracts the mean, the others do not.
+
+Usage:
+    config = TransformerConfig.from_checkpoint(read_metadata(path)["config"]["transformer"])
+    with torch.device("meta"):
+        model = VideoTransformer(config)
+    load_weights(model, path, "model.diffusion_model.", dtype=torch.bfloat16)
+
+Read next: vae.py
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from rope import apply_rotary, grid_to_positions, rotary_tables, video_grid
+
+# ---------------------------------------------------------------- the checkpoint file
+
+
+def _open(path: str | os.PathLike, device: str = "cpu"):
+    if not Path(path).is_file():
+        raise ValueError(f"expected a safetensors file, got no file at {path}; check the path")
+    try:
+        return safe_open(path, framework="pt", device=device)
+    except SafetensorError as error:
+        raise ValueError(f"expected a safetensors file, got {path} ({error}); check the download") from error
+
+
+def read_metadata(path: str | os.PathLike) -> dict:
+    """Header of a checkpoint: "config" parsed from JSON, every other entry the string it is.
+
+    LTX-2.3: config has the parts "transformer", "vae", "scheduler"; "model_version" is a plain string.
+    Raises ValueError when the file is not a safetensors file or has no config.
+    """
+    with _open(path) as file:
+        metadata = dict(file.metadata() or {})
+    if "config" not in metadata:
+        raise ValueError(f"expected a 'config' entry in the header of {path}, got {sorted(metadata)}; use a checkpoint")
+    try:
+        metadata["config"] = json.loads(metadata["config"])
+    except json.JSONDecodeError as error:
+        raise ValueError(f"expected JSON in 'config' of {path}, got {error}; the file is damaged") from error
+    return metadata
+
+
+def load_weights(
+    module: nn.Module,
+    path: str | os.PathLike,
+    prefix: str,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+) -> nn.Module:
+    """Fill `module` (usually built on the meta device) from a checkpoint; returns the module.
+
+    Reads exactly the names prefix + <name in the module>, one tensor at a time; everything else in the file (audio
+    branch, vocoder) is never touched. dtype None keeps the stored dtype.
+    Raises ValueError naming the tensor when one is missing or has another shape.
+    """
+    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    with _open(path, str(device)) as file:
+        stored = set(file.keys())
+        missing = [prefix + name for name in wanted if prefix + name not in stored]
+        if missing:
+            raise ValueError(f"expected tensor {missing[0]} in {path}, got {len(missing)} missing; check the version")
+        state = {}
+        for name, shape in wanted.items():
+            found = tuple(file.get_slice(prefix + name).get_shape())
+            if found != shape:
+                raise ValueError(f"expected {prefix + name} of shape {shape}, got {found}; check the config")
+            tensor = file.get_tensor(prefix + name)
+            state[name] = tensor.to(dtype) if dtype is not None else tensor
+    module.load_state_dict(state, strict=True, assign=True)
+    return module
+
+
+def save_checkpoint(
+    path: str | os.PathLike, tensors: dict[str, Tensor], config: dict, metadata: dict[str, str] | None = None
+) -> None:
+    """Write one file of the form LTX-2.3 uses: named tensors, the config as JSON in the header.
+
+    The file is written beside its place and moved there at the end, so an interrupted run leaves no half file.
+    Extra metadata must be strings. Raises ValueError otherwise.
+    """
+    _write(path, tensors, {"config": json.dumps(config), "model_version": "2.3.0", **(metadata or {})})
+
+
+def _write(path: str | os.PathLike, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    wrong = [key for key, value in metadata.items() if not isinstance(value, str)]
+    if wrong:
+        raise ValueError(f"expected metadata strings, got another type for {wrong[0]!r}; convert it with str()")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".partial")
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, beside, metadata=metadata)
+    os.replace(beside, path)
+
+
+# ---------------------------------------------------------------- configuration
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes of a video transformer. Defaults: LTX-2.3: the 22B checkpoint (13.1 B of it are the video part)."""
+
+    in_channels: int = 128
+    out_channels: int = 128
+    num_layers: int = 48
+    heads: int = 32
+    head_dim: int = 128
+    theta: float = 10000.0
+    max_pos: tuple[float, float, float] = (20, 2048, 2048)  # seconds, pixels, pixels
+    norm_eps: float = 1e-6
+    timestep_scale: float = 1000.0  # sigma 0..1 -> argument of the sinusoid
+
+    @property
+    def dim(self) -> int:
+        return self.heads * self.head_dim
+
+    @classmethod
+    def from_checkpoint(cls, config: dict) -> "TransformerConfig":
+        """Read config["transformer"] of a checkpoint header.
+
+        Raises ValueError when a size is absent or the file describes another member of the LTX family.
+        """
+        for key, value in LTX23_SWITCHES.items():
+            if config.get(key) != value:
+                got = repr(config.get(key))
+                raise ValueError(f"expected {key} = {value!r} (LTX-2.3), got {got}; use an LTX-2.3 checkpoint")
+        try:
+            sizes = cls(
+                in_channels=config["in_channels"],
+                out_channels=config["out_channels"],
+                num_layers=config["num_layers"],
+                heads=config["num_attention_heads"],
+                head_dim=config["attention_head_dim"],
+                theta=config["positional_embedding_theta"],
+                max_pos=tuple(config["positional_embedding_max_pos"]),
+                norm_eps=config["norm_eps"],
+                timestep_scale=config["timestep_scale_multiplier"],
+            )
+        except KeyError as error:
+            raise ValueError(f"expected {error} in the transformer config, got none; use a full header") from error
+        if config.get("cross_attention_dim", sizes.dim) != sizes.dim:
+            found = config["cross_attention_dim"]
+            raise ValueError(f"expected cross_attention_dim {sizes.dim} (the width), got {found}; make them equal")
+        return sizes
+
+    def to_checkpoint(self) -> dict:
+        """The entries of config["transformer"] that from_checkpoint reads, for writing a checkpoint."""
+        return {
+            **LTX23_SWITCHES,
+            "_class_name": "AVTransformer3DModel",
+            "in_channels": self.in_channels,
+            "out_channels": self.out_channels,
+            "num_layers": self.num_layers,
+            "num_attention_heads": self.heads,
+            "attention_head_dim": self.head_dim,
+            "cross_attention_dim": self.dim,
+            "positional_embedding_theta": self.theta,
+            "positional_embedding_max_pos": list(self.max_pos),
+            "norm_eps": self.norm_eps,
+            "timestep_scale_multiplier": self.timestep_scale,
+        }
+
+
+# LTX-2.3: what tells this generation from its relatives; the code below has no other branch.
+LTX23_SWITCHES = {
+    "rope_type": "split",
+    "frequencies_precision": "float64",
+    "use_middle_indices_grid": True,
+    "apply_gated_attention": True,
+    "cross_attention_adaln": True,
+    "caption_proj_before_connector": True,
+    "caption_projection_second_linear": False,
+    "qk_norm": "rms_norm",
+}
+
+
+# ---------------------------------------------------------------- parts of a block
+
+
+class ChannelNorm(nn.Module):
+    """RMS norm with a weight per channel, for queries and keys."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+class Attention(nn.Module):
+    """Gated multi-head attention with normalised queries and keys. LTX-2.3: used by the blocks and by text.py.
+
+    dim: width of the queries and of the output; context_dim: width of the context (None: dim). Raises ValueError when
+    dim is not divisible by heads.
+    """
+
+    def __init__(self, dim: int, heads: int, context_dim: int | None = None, eps: float = 1e-6):
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"expected a width divisible by the heads, got {dim} and {heads}; change one")
+        context_dim = dim if context_dim is None else context_dim
+        self.heads = heads
+        self.to_q = nn.Linear(dim, dim)
+        self.to_k = nn.Linear(context_dim, dim)
+        self.to_v = nn.Linear(context_dim, dim)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.q_norm = ChannelNorm(dim, eps)
+        self.k_norm = ChannelNorm(dim, eps)
+        self.to_gate_logits = nn.Linear(dim, heads)
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        bias: Tensor | None = None,
+        skip: bool = False,
+    ) -> Tensor:
+        """x (B, N, D) asks, context (B, M, Dc) answers (None: x itself). Returns (B, N, D).
+
+        rotary: cos, sin from rope.rotary_tables, for queries and keys alike. bias: added to the scores, broadcast to
+        (B, nh, N, M); see mask_bias. skip: LTX-2.3: perturbed self-attention for STG, every token reads only itself.
+        """
+        B, N, D = x.shape
+        context = x if context is None else context
+        v = self._split(self.to_v(context))  # (B, nh, M, hd)
+        if skip:
+            out = v
+        else:
+            # The norm spans the full width, so it has to come before the split into heads.
+            q = self._split(self.q_norm(self.to_q(x)))  # (B, nh, N, hd)
+            k = self._split(self.k_norm(self.to_k(context)))  # (B, nh, M, hd)
+            if rotary is not None:
+                q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
+            q, k = q.to(v.dtype), k.to(v.dtype)  # autocast may leave the norms in float32
+            bias = None if bias is None else bias.to(v.dtype)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # (B, nh, N, hd)
+        gate = 2 * torch.sigmoid(self.to_gate_logits(x))  # (B, N, nh), 1 when the logits are 0
+        out = out.transpose(1, 2) * gate[..., None]  # (B, N, nh, hd)
+        return self.to_out[0](out.reshape(B, N, D))  # (B, N, D)
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, N, D) -> (B, nh, N, hd)
+
+
+class FeedForward(nn.Module):
+    """Two linears with a tanh-approximated GELU between. LTX-2.3: the names net.0.proj and net.2 are the file's."""
+
+    def __init__(self, dim: int, hidden: int | None = None):
+        super().__init__()
+        hidden = 4 * dim if hidden is None else hidden
+        first = nn.ModuleDict({"proj": nn.Linear(dim, hidden)})
+        self.net = nn.ModuleDict({"0": first, "2": nn.Linear(hidden, dim)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net["2"](F.gelu(self.net["0"]["proj"](x), approximate="tanh"))  # (B, N, D)
+
+
+SINUSOID = 256  # LTX-2.3: width of the noise level's sinusoid in every size of the model
+
+
+class AdaLN(nn.Module):
+    """Noise level -> modulation rows. LTX-2.3: sinusoid, two linears (the embedding), silu, one linear (the rows)."""
+
+    def __init__(self, dim: int, rows: int):
+        super().__init__()
+        self.rows = rows
+        embedder = nn.ModuleDict({"linear_1": nn.Linear(SINUSOID, dim), "linear_2": nn.Linear(dim, dim)})
+        self.emb = nn.ModuleDict({"timestep_embedder": embedder})
+        self.linear = nn.Linear(dim, rows * dim)
+
+    def forward(self, level: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """level (...) float32, already times 1000. Returns rows (..., rows, D) and the embedding (..., D)."""
+        half = SINUSOID // 2
+        k = torch.arange(half, dtype=torch.float32, device=level.device)
+        omega = torch.exp(-math.log(10000.0) * k / half)  # divisor 128, not 127
+        angle = level[..., None] * omega
+        wave = torch.cat([angle.cos(), angle.sin()], dim=-1).to(dtype)  # (..., 256) cosines first
+        embedder = self.emb["timestep_embedder"]
+        embedding = embedder["linear_2"](F.silu(embedder["linear_1"](wave)))  # (..., D)
+        return self.linear(F.silu(embedding)).unflatten(-1, (self.rows, -1)), embedding
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """RMS norm without weight, then scale and shift, all (B, N, D)."""
+    return F.rms_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
+
+
+# The smallest bf16 number: also a float32 number, and it stays finite when autocast rounds the bias to bf16.
+NEVER = torch.finfo(torch.bfloat16).min
+
+
+def mask_bias(mask: Tensor) -> Tensor:
+    """Attention weights in [0, 1] -> what to add to the scores. LTX-2.3: log(value); 0 becomes "never".
+
+    mask (B, N, M), or (B, 1, M) when every query has the same keys. Returns (B, 1, N or 1, M) float32.
+    """
+    mask = mask.to(torch.float32)
+    bias = torch.where(mask > 0, mask.clamp(min=torch.finfo(torch.float32).tiny).log(), NEVER)
+    return bias[:, None]
+
+
+class Block(nn.Module):
+    """One transformer block; see the header for its three steps."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        dim, eps = config.dim, config.norm_eps
+        self.eps = eps
+        self.attn1 = Attention(dim, config.heads, eps=eps)
+        self.attn2 = Attention(dim, config.heads, eps=eps)
+        self.ff = FeedForward(dim)
+        self.scale_shift_table = nn.Parameter(torch.randn(9, dim) / dim**0.5)
+        self.prompt_scale_shift_table = nn.Parameter(torch.randn(2, dim) / dim**0.5)
+
+    def forward(
+        self,
+        x: Tensor,  # (B, S, D)
+        context: Tensor,  # (B, N, D)
+        rows: Tensor,  # (B, S, 9, D), or (U, 9, D) together with pick
+        prompt_rows: Tensor,  # (B, 1, 2, D)
+        pick: Tensor | None,  # (B, S) which of the U distinct noise levels a token has
+        rotary: tuple[Tensor, Tensor],
+        bias: Tensor | None,
+        context_bias: Tensor | None,
+        skip: bool,
+    ) -> Tensor:
+        m = _rows(self.scale_shift_table + rows, pick)
+        h = modulate(x, m(0), m(1), self.eps)
+        x = x + m(2) * self.attn1(h, rotary=rotary, bias=bias, skip=skip)
+
+        shift, scale = (self.prompt_scale_shift_table + prompt_rows).unbind(-2)  # (B, 1, D) each
+        h = modulate(x, m(6), m(7), self.eps)
+        x = x + m(8) * self.attn2(h, context * (1 + scale) + shift, bias=context_bias)
+
+        h = modulate(x, m(3), m(4), self.eps)
+        return x + m(5) * self.ff(h)  # (B, S, D)
+
+
+def _rows(table: Tensor, pick: Tensor | None):
+    """Row r of a modulation table for every token, (B, S, D); spread from the distinct levels only when asked for."""
+    return lambda r: table[..., r, :] if pick is None else table[:, r][pick]
+
+
+# ---------------------------------------------------------------- the transformer
+
+
+class VideoTransformer(nn.Module):
+    """LTX-2.3's transformer without the audio half, which is numerically the same as running it without audio."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        dim = config.dim
+        self.config = config
+        self.patchify_proj = nn.Linear(config.in_channels, dim)
+        self.adaln_single = AdaLN(dim, 9)
+        self.prompt_adaln_single = AdaLN(dim, 2)
+        self.transformer_blocks = nn.ModuleList([Block(config) for _ in range(config.num_layers)])
+        self.scale_shift_table = nn.Parameter(torch.randn(2, dim) / dim**0.5)
+        self.proj_out = nn.Linear(dim, config.out_channels)
+
+    def forward(
+        self,
+        latent: Tensor,
+        timesteps: Tensor,
+        sigma: Tensor,
+        positions: Tensor,
+        context: Tensor,
+        context_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        skip_blocks: Sequence[int] = (),
+        checkpoint_blocks: bool = False,
+    ) -> Tensor:
+        """Velocity (B, S, C) of every token, in the dtype of the weights (or of autocast).
+
+        latent (B, S, C): noisy video tokens and clean reference tokens. timesteps (B, S): noise level of each token,
+        0..1, 0 for clean ones. sigma (B,): noise level of the sample, which modulates the prompt even when every token
+        is clean. positions (B, 3, S, 2): bounds in seconds and pixels. context (B, N, D) from text.py.
+        context_mask (B, N): 1 = a token to read. attention_mask (B, S, S), row = query, or (B, 1, S) to hide keys from
+        everyone at little cost; values in [0, 1]. skip_blocks: LTX-2.3: blocks with perturbed self-attention (STG).
+        checkpoint_blocks: recompute blocks in the backward pass, less memory. Raises ValueError on sizes that disagree.
+        """
+        self._check(latent, timesteps, sigma, positions, context)
+        config, dtype = self.config, self.scale_shift_table.dtype
+        rotary = rotary_tables(positions, config.dim, config.heads, config.theta, config.max_pos)
+        bias = None if attention_mask is None else mask_bias(attention_mask)
+        context_bias = None if context_mask is None else mask_bias(context_mask[:, None])
+
+        # In sampling a few thousand tokens share two or three noise levels, so the nine rows are made once per level.
+        # Finding the levels depends on the data, which neither training nor a compiled graph wants.
+        levels, pick = timesteps.to(torch.float32), None
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            levels, pick = torch.unique(levels, return_inverse=True)  # (U,), (B, S)
+        rows, embedding = self.adaln_single(levels * config.timestep_scale, dtype)
+        prompt_level = sigma.to(torch.float32)[:, None] * config.timestep_scale  # (B, 1)
+        prompt_rows, _ = self.prompt_adaln_single(prompt_level, dtype)  # (B, 1, 2, D)
+
+        x = self.patchify_proj(latent.to(dtype))  # (B, S, D)
+        context = context.to(dtype)
+        for i, block in enumerate(self.transformer_blocks):
+            inputs = (x, context, rows, prompt_rows, pick, rotary, bias, context_bias, i in skip_blocks)
+            x = checkpoint(block, *inputs, use_reentrant=False) if checkpoint_blocks else block(*inputs)
+
+        # The last modulation reuses the embedding itself, before silu and linear.
+        m = _rows(self.scale_shift_table + embedding[..., None, :], pick)
+        x = F.layer_norm(x, x.shape[-1:], eps=config.norm_eps)  # subtracts the mean, unlike every norm above
+        return self.proj_out((x * (1 + m(1)) + m(0)).to(dtype))  # (B, S, C)
+
+    def _check(self, latent: Tensor, timesteps: Tensor, sigma: Tensor, positions: Tensor, context: Tensor) -> None:
+        B, S = latent.shape[:2]
+        expected = {
+            "latent": (latent, (B, S, self.config.in_channels)),
+            "timesteps": (timesteps, (B, S)),
+            "sigma": (sigma, (B,)),
+            "positions": (positions, (B, 3, S, 2)),
+            "context": (context, (B, context.shape[1], self.config.dim)),
+        }
+        for name, (tensor, shape) in expected.items():
+            if tuple(tensor.shape) != shape:
+                raise ValueError(f"expected {name} of shape {shape}, got {tuple(tensor.shape)}; see forward")
+
+
+# ---------------------------------------------------------------- noise levels, sampling
+
+
+def token_shift(tokens: int) -> float:
+    """LTX-2.3: longer sequences need more noise: 0.95 at 1024 tokens, 2.05 at 4096, a line through both, no limit."""
+    return 0.95 + (tokens - 1024) * (2.05 - 0.95) / (4096 - 1024)
+
+
+def ltx_sigmas(steps: int, tokens: int = 4096) -> Tensor:
+    """Noise levels of a sampling run, from 1 down to 0.1 and then 0. Returns (steps + 1,) float32.
+
+    LTX-2.3: evenly spaced, shifted towards noise, stretched so that the last level before 0 is 0.1. The official
+    one-stage run uses 4096 tokens whatever the size of the video. Raises ValueError for fewer than 1 step.
+    """
+    if steps < 1:
+        raise ValueError(f"expected at least 1 step, got {steps}; 30 is usual")
+    even = torch.linspace(1, 0, steps + 1, dtype=torch.float32)[:-1]  # (steps,)
+    weight = math.exp(token_shift(tokens))
+    shifted = weight / (weight + (1 / even - 1))  # the brackets keep the first level at exactly 1
+    if steps > 1:  # with one step the only level is 1, and there is nothing to stretch
+        shifted = 1 - (1 - shifted) * (1 - 0.1) / (1 - shifted[-1])
+    return torch.cat([shifted, torch.zeros(1)])
+
+
+def training_sigmas(tokens: int, normal: Tensor, uniform_value: Tensor, uniform_choice: Tensor) -> Tensor:
+    """Noise levels to train at, one per sample, from three given draws of one shape. Returns that shape, float32.
+
+    LTX-2.3: sigmoid of a normal shifted by token_shift(tokens), spread to 0..1 between its 0.5 % and 99.9 % points;
+    one sample in ten uniform instead. tokens counts the video only, not the reference.
+    normal ~ N(0, 1); uniform_value and uniform_choice ~ U(0, 1).
+    """
+    shift, floor = token_shift(tokens), 1e-3
+    low, high = (1 / (1 + math.exp(-(shift + z))) for z in (-2.5758, 3.0902))
+    level = (torch.sigmoid(normal + shift) - low) / (high - low)
+    level = torch.where(level < floor, 2 * floor - level, level).clamp(0, 1)  # mirrored at 0.001
+    return torch.where(uniform_choice > 0.1, level, floor + (1 - floor) * uniform_value)
+
+
+def euler_step(x: Tensor, x0: Tensor, sigma: Tensor | float, sigma_next: Tensor | float) -> Tensor:
+    """From level sigma to sigma_next along the straight line through the clean estimate. LTX-2.3; float32.
+
+    sigma is one number for all tokens; a token with x0 == x (a reference) stays where it is.
+    """
+    x, x0 = x.to(torch.float32), x0.to(torch.float32)
+    return x + (x - x0) / sigma * (sigma_next - sigma)
+
+
+def blend_clean(x0: Tensor, clean: Tensor, mask: Tensor) -> Tensor:
+    """Put known tokens back into the estimate. LTX-2.3. mask: 1 = generated, 0 = kept clean; broadcasts to x0."""
+    return x0 * mask + clean * (1 - mask)
+
+
+def ltx_guidance(
+    cond: Tensor,
+    uncond: Tensor | None = None,
+    perturbed: Tensor | None = None,
+    cfg: float = 3.0,
+    stg: float = 1.0,
+    rescale: float = 0.7,
+) -> Tensor:
+    """LTX-2.3's own guidance of clean estimates, for sampling the base model without a reference; float32.
+
+    cond + (cfg-1)*(cond-uncond) + stg*(cond-perturbed), where perturbed comes from a pass with skip_blocks. Off: cfg 1,
+    stg 0, rescale 0; an input that is off may be None. rescale pulls the spread of values back to that of cond,
+    measured over the whole tensor. Raises ValueError when an input that is on is missing.
+    """
+    cond = cond.to(torch.float32)
+    guided = cond
+    for name, weight, other in (("uncond", cfg - 1, uncond), ("perturbed", stg, perturbed)):
+        if weight == 0:
+            continue
+        if other is None:
+            raise ValueError(f"expected a {name} estimate for a weight of {weight}, got None; pass it or turn it off")
+        guided = guided + weight * (cond - other.to(torch.float32))
+    if rescale != 0:
+        guided = guided * (rescale * cond.std() / guided.std() + 1 - rescale)
+    return guided
+
+
+# ---------------------------------------------------------------- LoRA
+
+# LTX-2.3: the modules of the published in-context LoRA recipe.
+LORA_TARGETS = tuple(f"{attn}.{name}" for attn in ("attn1", "attn2") for name in ("to_q", "to_k", "to_v", "to_out.0"))
+LORA_TARGETS += ("ff.net.0.proj", "ff.net.2")
+LORA_PREFIX = "diffusion_model."
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear plus a trainable low-rank correction: base(x) + alpha/rank * B(A(x)). B starts at zero.
+
+    The correction is kept in float32 whatever the base has. Raises ValueError on a rank below 1.
+    """
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float):
+        super().__init__()
+        if rank < 1:
+            raise ValueError(f"expected a rank of at least 1, got {rank}; 32 is usual")
+        device = base.weight.device
+        self.base = base
+        self.scale = alpha / rank
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.base(x)
+        low = F.linear(x.to(self.lora_A.dtype), self.lora_A)  # (B, N, rank)
+        return out + (F.linear(low, self.lora_B) * self.scale).to(out.dtype)
+
+
+def add_lora(
+    model: nn.Module, rank: int = 32, alpha: float = 32, targets: Iterable[str] = LORA_TARGETS
+) -> list[nn.Parameter]:
+    """Freeze the model, wrap every linear whose name ends in a target, return the new parameters to train.
+
+    our reading: rank, alpha and targets of LTX's in-context LoRA recipe. The wrapped linear's own weight moves to
+    "<name>.base.weight". Raises ValueError when a target matches nothing or is already wrapped.
+    """
+    if _lora_modules(model):
+        raise ValueError("expected a model without LoRA, got one that has it; load a fresh model")
+    targets = tuple(targets)
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    model.requires_grad_(False)
+    trained, used = [], set()
+    for name, linear in linears.items():
+        hits = [target for target in targets if name == target or name.endswith("." + target)]
+        if hits:
+            used.update(hits)
+            wrapped = LoRALinear(linear, rank, alpha)
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, wrapped)
+            trained += [wrapped.lora_A, wrapped.lora_B]
+    unused = [target for target in targets if target not in used]
+    if unused:
+        raise ValueError(f"expected linears named like {unused[0]!r}, got none in the model; correct the targets")
+    return trained
+
+
+def _lora_modules(model: nn.Module) -> dict[str, LoRALinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The LoRA under the names LTX-2.3 tools expect; raises ValueError when the model has none.
+
+    LTX-2.3: loaders add B @ A and know no alpha, so alpha/rank is folded into B here.
+    """
+    modules = _lora_modules(model)
+    if not modules:
+        raise ValueError("expected a model with LoRA, got one without; call add_lora first")
+    state = {}
+    for name, module in modules.items():
+        state[f"{LORA_PREFIX}{name}.lora_A.weight"] = module.lora_A.detach().clone()  # (rank, in)
+        state[f"{LORA_PREFIX}{name}.lora_B.weight"] = module.lora_B.detach() * module.scale  # (out, rank)
+    return state
+
+
+def save_lora(
+    path: str | os.PathLike,
+    model: nn.Module,
+    metadata: dict[str, str] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write the LoRA alone as a safetensors file; metadata (strings) say how it was trained.
+
+    LTX-2.3: the official trainer writes bf16; float32 loses nothing. Raises ValueError when the model has no LoRA.
+    """
+    _write(path, {key: tensor.to(dtype) for key, tensor in lora_state_dict(model).items()}, metadata or {})
+
+
+@torch.no_grad()
+def load_lora(model: nn.Module, path: str | os.PathLike, strength: float = 1.0) -> dict[str, str]:
+    """Add strength * B @ A of a LoRA file into the weights of `model`, for good; returns the file's metadata.
+
+    Off: strength 0. Everything is checked before the first weight changes. Raises ValueError naming the key when one is
+    unknown, lacks its partner, or does not fit the model.
+    """
+    with _open(path) as file:
+        metadata = dict(file.metadata() or {})
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, a handle and not a dict
+    modules = dict(model.named_modules())
+    updates = []
+    for key in sorted(tensors):
+        stem, _, part = key.removesuffix(".weight").rpartition(".")
+        module = modules.get(stem.removeprefix(LORA_PREFIX))
+        module = module.base if isinstance(module, LoRALinear) else module
+        known = key.startswith(LORA_PREFIX) and key.endswith(".weight") and part in ("lora_A", "lora_B")
+        if not known or not isinstance(module, nn.Linear):
+            raise ValueError(f"expected LoRA keys of linears in this model, got {key!r}; use a LoRA made for LTX-2.3")
+        partner = f"{stem}.{'lora_B' if part == 'lora_A' else 'lora_A'}.weight"
+        if partner not in tensors:
+            raise ValueError(f"expected {partner!r} beside {key!r}, got no such tensor; the file is incomplete")
+        if part == "lora_A":
+            A, B = tensors[key], tensors[partner]
+            if (B.shape[0], A.shape[1]) != tuple(module.weight.shape) or B.shape[1] != A.shape[0]:
+                shapes = f"{tuple(B.shape)} and {tuple(A.shape)}"
+                raise ValueError(f"expected {key!r} for weight {tuple(module.weight.shape)}, got {shapes}; check sizes")
+            updates.append((module.weight, A, B))
+    if not updates:
+        raise ValueError(f"expected LoRA tensors in {path}, got none; use another file")
+    if strength != 0:
+        for weight, A, B in updates:
+            change = B.to(weight.device, torch.float32) @ A.to(weight.device, torch.float32)
+            weight.copy_(weight.to(torch.float32) + strength * change)
+    return metadata
+
+
+# ---------------------------------------------------------------- demo
+
+
+def _demo() -> None:
+    torch.manual_seed(0)
+    config = TransformerConfig(in_channels=16, out_channels=16, num_layers=2, heads=4, head_dim=16)
+    model = VideoTransformer(config).eval()
+    frames, rows, columns = 3, 4, 4
+    tokens = frames * rows * columns
+    positions = grid_to_positions(video_grid(frames, rows, columns), frame_rate=24)[None]
+    latent, context = torch.randn(1, tokens, 16), torch.randn(1, 8, config.dim)
+    sigma = torch.tensor([0.7])
+    timesteps = sigma[:, None].expand(1, tokens)
+    with torch.no_grad():
+        velocity = model(latent, timesteps, sigma, positions, context)
+    print("A random transformer of LTX-2.3's build, very small")
+    for name, tensor in [("latent", latent), ("positions", positions), ("context", context), ("velocity", velocity)]:
+        print(f"  {name:10s}{tuple(tensor.shape)}")
+
+    with torch.device("meta"):
+        full = VideoTransformer(TransformerConfig())
+    print(f"\n{'parameters':24s}{'this demo':>14s}{'LTX-2.3':>18s}")
+    for (name, small), (_, large) in zip(model.named_children(), full.named_children()):
+        counts = [sum(p.numel() for p in module.parameters()) for module in (small, large)]
+        print(f"  {name:22s}{counts[0]:14,}{counts[1]:18,}")
+    totals = [sum(p.numel() for p in module.parameters()) for module in (model, full)]
+    print(f"  {'all':22s}{totals[0]:14,}{totals[1]:18,}")
+    lora = sum(parameter.numel() for parameter in add_lora(full))
+    print(f"  {'LoRA of rank 32':22s}{'':14s}{lora:18,}")
+
+    print("\nNoise levels of a run of 30 steps (1 = noise, 0 = data)")
+    for row in ltx_sigmas(30).split(8):
+        print("  " + " ".join(f"{value:.4f}" for value in row.tolist()))
+    print("Notice: more than half of the levels lie above 0.85, where the layout is decided; the last step leaps to 0.")
+
+
+if __name__ == "__main__":
+    _demo()

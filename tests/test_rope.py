@@ -1,0 +1,196 @@
+"""Positions and rotation: equal to LTX-2.3's on recorded vectors, and what the reference placements promise.
+
+Hardware: CPU, a few seconds. Run: python -m pytest tests/test_rope.py
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+import rope
+
+GOLDEN = Path(__file__).parent / "golden" / "rope.safetensors"
+CASES = ["real_dim_video", "small_grid", "batch2", "custom_positions", "connector_1d_real_dim", "connector_1d_small"]
+SIZES = {"F": st.integers(1, 40), "H": st.integers(1, 12), "W": st.integers(1, 12)}
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    assert a.shape == b.shape, f"shapes {tuple(a.shape)} and {tuple(b.shape)}"
+    return (a - b).abs().max().item()
+
+
+def middles(grid: torch.Tensor, fps: float, time_scale: int = 8, space_scale: int = 32) -> list[tuple[float, ...]]:
+    return [tuple(p) for p in rope.grid_to_positions(grid, fps, time_scale, space_scale).mean(-1).T.tolist()]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tables_and_rotation_equal_the_reference_implementation(case):
+    with safe_open(GOLDEN, "pt") as file:
+        config = json.loads(file.metadata()["config"])["cases"][case]
+        g = {name: file.get_tensor(f"{case}.{name}") for name in ("positions", "freqs", "cos", "sin", "q", "q_rot")}
+    heads = config["heads"]
+    count = config["dim"] // (2 * len(config["max_pos"]))
+    assert difference(rope.rotary_frequencies(count, config["theta"]), g["freqs"]) == 0
+    cos, sin = rope.rotary_tables(g["positions"], config["dim"], heads, config["theta"], config["max_pos"])
+    q = g["q"].unflatten(-1, (heads, -1)).transpose(1, 2)
+    rotated = rope.apply_rotary(q, cos, sin).transpose(1, 2).flatten(2)
+    found = [difference(cos, g["cos"]), difference(sin, g["sin"]), difference(rotated, g["q_rot"])]
+    print(case, found)
+    assert max(found) < 1e-5, found
+
+
+def test_grid_positions_equal_the_reference_implementation():
+    """The recorded small grid is 3 x 4 x 6 latent frames, rows, columns at 24 frames per second."""
+    with safe_open(GOLDEN, "pt") as file:
+        expected = file.get_tensor("small_grid.positions")[0]
+    sizes = [len(expected[axis, :, 0].unique()) for axis in range(3)]
+    found = difference(rope.grid_to_positions(rope.video_grid(*sizes), 24), expected)
+    assert found < 1e-6, found
+
+
+def test_the_worked_example_of_the_base_model_holds():
+    positions = rope.grid_to_positions(rope.video_grid(3, 2, 2), 24)
+    token4 = torch.tensor([[1 / 24, 9 / 24], [0, 32], [0, 32]])
+    token11 = torch.tensor([[9 / 24, 17 / 24], [32, 64], [32, 64]])
+    assert difference(positions[:, 4], token4) < 1e-6
+    assert difference(positions[:, 11], token11) < 1e-6
+    assert difference(positions[0, 0], torch.tensor([0, 1 / 24])) < 1e-6, "frame 0 of a causal VAE is one single frame"
+    cos, sin = rope.rotary_tables(positions[None], dim=16, heads=2)
+    expected = torch.tensor([[1, 1, 0.0327190, 0.0245411], [0.0245411, 0.8659424, 0.9238892, 0.9238892]])
+    assert difference(cos[0, :, 4], expected) < 1e-6
+    expected = torch.tensor([[0, 0, -0.9994646, -0.9996988], [-0.9996988, 0.5001438, 0.3826601, 0.3826601]])
+    assert difference(sin[0, :, 4], expected) < 1e-6
+
+
+@pytest.mark.parametrize("F", [1, 2, 16])
+def test_the_figure_of_the_paper_rows_3_to_5_columns_4_to_7_at_time_F(F):
+    grid = rope.reference_grid(F, 3, 4, "tass")
+    assert grid.dtype == torch.int64
+    assert grid.tolist() == [[F, row, column] for row in (3, 4, 5) for column in (4, 5, 6, 7)]
+
+
+@settings(max_examples=25, deadline=None)
+@given(**SIZES)
+def test_each_placement_shifts_exactly_the_axes_in_its_name(F, H, W):
+    first_frame = rope.video_grid(1, H, W)
+    shifts = {"tass": (F, H, W), "overlap": (0, 0, 0), "time_only": (F, 0, 0), "space_only": (0, H, W)}
+    assert set(shifts) == set(rope.PLACEMENTS)
+    for placement, shift in shifts.items():
+        assert torch.equal(rope.reference_grid(F, H, W, placement), first_frame + torch.tensor(shift)), placement
+
+
+@settings(max_examples=25, deadline=None)
+@given(**SIZES, fps=st.floats(1, 120), scales=st.sampled_from([(8, 32), (4, 8), (1, 1)]))
+def test_tass_tokens_share_no_coordinate_with_a_video_token_on_any_axis(F, H, W, fps, scales):
+    video = middles(rope.video_grid(F, H, W), fps, *scales)
+    reference = middles(rope.reference_grid(F, H, W), fps, *scales)
+    assert len(set(reference)) == H * W
+    assert not set(video) & set(reference)
+    for axis in range(3):
+        assert max(p[axis] for p in video) < min(p[axis] for p in reference), f"axis {axis}"
+
+
+@settings(max_examples=25, deadline=None)
+@given(**SIZES)
+def test_only_overlap_puts_reference_tokens_onto_video_tokens(F, H, W):
+    video = set(middles(rope.video_grid(F, H, W), 24))
+    for placement in rope.PLACEMENTS:
+        shared = video & set(middles(rope.reference_grid(F, H, W, placement), 24))
+        assert len(shared) == (H * W if placement == "overlap" else 0), placement
+
+
+def test_tass_begins_where_the_video_ends():
+    """With 121 frames the reference starts at frame 121: adjacent in time, no gap and no overlap."""
+    video = rope.grid_to_positions(rope.video_grid(16, 3, 4), 24)
+    reference = rope.grid_to_positions(rope.reference_grid(16, 3, 4), 24)
+    assert difference(video[0, :, 1].max(), torch.tensor(121 / 24)) < 1e-6
+    assert torch.equal(video.amax(dim=(1, 2)), reference.amin(dim=(1, 2)))
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    seed=st.integers(0, 999),
+    shift=st.tuples(st.floats(-4, 4), st.floats(-500, 500), st.floats(-500, 500)),
+)
+def test_moving_every_token_together_changes_no_attention_score(seed, shift):
+    """theta is 100 here: at 10000 float32 angles reach 1e4 rad and their rounding, 1e-3, would hide the property."""
+    generator = torch.Generator().manual_seed(seed)
+    grid = torch.cat([rope.video_grid(3, 2, 3), rope.reference_grid(3, 2, 3)])
+    positions = rope.grid_to_positions(grid, 24)[None]
+    q, k = torch.randn(2, 1, 4, len(grid), 12, generator=generator)
+
+    def scores(positions):
+        cos, sin = rope.rotary_tables(positions, dim=48, heads=4, theta=100)
+        return rope.apply_rotary(q, cos, sin) @ rope.apply_rotary(k, cos, sin).transpose(-1, -2)
+
+    moved = positions + torch.tensor(shift)[None, :, None, None]
+    found = difference(scores(positions), scores(moved))
+    assert found < 1e-3, found
+
+
+def test_moving_only_the_reference_changes_the_scores():
+    """The counterpart: the placement is visible to attention, so the test above is not empty."""
+    q, k = torch.randn(2, 1, 4, 24, 12)
+    scores = {}
+    for placement in rope.PLACEMENTS:
+        grid = torch.cat([rope.video_grid(3, 2, 3), rope.reference_grid(3, 2, 3, placement)])
+        cos, sin = rope.rotary_tables(rope.grid_to_positions(grid, 24)[None], dim=48, heads=4)
+        scores[placement] = rope.apply_rotary(q, cos, sin) @ rope.apply_rotary(k, cos, sin).transpose(-1, -2)
+    for placement in ("overlap", "time_only", "space_only"):
+        assert difference(scores["tass"][..., :18, 18:], scores[placement][..., :18, 18:]) > 0.1, placement
+        assert difference(scores["tass"][..., :18, :18], scores[placement][..., :18, :18]) == 0, "video among itself"
+
+
+@settings(max_examples=20, deadline=None)
+@given(heads=st.integers(1, 4), pairs=st.integers(1, 9), axes=st.sampled_from([1, 3]), seed=st.integers(0, 999))
+def test_rotation_keeps_lengths(heads, pairs, axes, seed):
+    dim = 2 * pairs * heads
+    generator = torch.Generator().manual_seed(seed)
+    positions = torch.rand(2, axes, 5, generator=generator) * 100
+    cos, sin = rope.rotary_tables(positions, dim, heads, max_pos=(20, 2048, 2048)[-axes:])
+    assert cos.shape == sin.shape == (2, heads, 5, pairs)
+    x = torch.randn(2, heads, 5, 2 * pairs, generator=generator)
+    found = difference(rope.apply_rotary(x, cos, sin).norm(dim=-1), x.norm(dim=-1))
+    assert found < 1e-5, found
+
+
+def test_leftover_pairs_sit_in_front_and_do_not_rotate():
+    cos, sin = rope.rotary_tables(torch.full((1, 3, 1), 7.0), dim=64, heads=4)  # 3 * 10 frequencies for 32 pairs
+    assert cos[0, 0, 0, :2].tolist() == [1, 1] and sin[0, 0, 0, :2].tolist() == [0, 0]
+    assert (sin.flatten()[2:] != 0).all()
+
+
+def test_rotation_keeps_the_dtype_of_its_input():
+    cos, sin = rope.rotary_tables(torch.rand(1, 3, 4), dim=24, heads=2)
+    assert rope.apply_rotary(torch.randn(1, 2, 4, 12, dtype=torch.bfloat16), cos, sin).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: rope.reference_grid(1, 1, 1, "beside"), "placement"),
+        (lambda: rope.video_grid(0, 1, 1), "at least 1"),
+        (lambda: rope.reference_grid(1, -1, 1), "at least 1"),
+        (lambda: rope.grid_to_positions(torch.zeros(2, 2), 24), "shape"),
+        (lambda: rope.grid_to_positions(rope.video_grid(1, 1, 1), 0), "frame rate"),
+        (lambda: rope.rotary_tables(torch.zeros(1, 2, 4), 24, 2), "max_pos"),
+        (lambda: rope.rotary_tables(torch.zeros(1, 3, 4), 25, 2), "divisible"),
+        (lambda: rope.apply_rotary(torch.zeros(1, 2, 4, 6), *torch.zeros(2, 1, 2, 5, 3)), "tables"),
+    ],
+)
+def test_wrong_input_is_refused_in_one_line(call, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+def test_the_demo_shows_the_figure(capsys):
+    rope._demo()
+    printed = capsys.readouterr().out
+    assert "tass: reference at time 5..5, rows 3..5, columns 4..7" in printed
+    assert "shared cells: 12 of 12" in printed

@@ -1,0 +1,705 @@
+"""From a prompt to the numbers the video transformer reads: tokenizer, Gemma 3, feature extractor, connector.
+
+The idea. LTX-2.3 does not train a text encoder. It borrows a language model (Gemma 3, frozen), keeps the hidden
+state after *every* layer instead of the last one only, mixes them with one linear layer, and lets a small transformer
+(the "connector") turn the result into the context that every video block attends to. A prompt has any length but the
+context always has N rows: the rows that the prompt leaves free are filled with learned vectors, "registers". Feeding
+raw padding instead would make the picture depend on numbers nobody trained, and masking it would waste the rows.
+
+    prompt -Tokenizer-> ids -GemmaTextModel-> hidden states -FeatureExtractor-> features -Connector-> context
+
+paper: ST-DRC, arXiv 2606.02441, overview figure: the Gemma 3 text encoder is frozen; only video blocks are trained.
+LTX-2.3: everything else here. Names match the checkpoint, so real weights load unchanged.
+
+Conventions
+  ids      int64, BOS (2) in front, no EOS, no chat template, padded on the LEFT with 0 to N
+  mask     (B, N), 1 = real token, 0 = padding
+  states   tuple of layers + 1 tensors (B, N, Dg): scaled embeddings first, last one after Gemma's final norm
+  context  (B, N, D), D the width of the video transformer; nothing in it is masked
+  The states of padded rows are meaningless (they depend on the attention kernel); nothing here lets them through.
+  The null prompt of guidance is the empty string sent through all of this, not a tensor of zeros.
+
+our reading: the tiny stand-in has its own vocabulary, made by `train_bpe` in Gemma's file format, and may set
+`text_max_length` in the checkpoint's config (absent in LTX-2.3, meaning 1024).
+
+    encoder = TextEncoder.load("ltx-2.3.safetensors", "gemma-3-12b-it", device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        context = encoder.encode(["A woman laughs in the rain.", ""])         # (2, 1024, 4096)
+
+Read next: vae.py
+"""
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from model import Attention, FeedForward, load_weights, read_metadata
+from rope import rotary_tables
+
+SPACE = "\u2581"  # Gemma writes a space as this character (a low block), so that a space can be part of a piece
+BYTE_PIECES = [f"<0x{value:02X}>" for value in range(256)]
+BYTE_OF_PIECE = {piece: bytes([value]) for value, piece in enumerate(BYTE_PIECES)}
+SPECIAL_PIECES = ["<pad>", "<eos>", "<bos>", "<unk>"]  # ids 0, 1, 2, 3
+DEFAULT_TEXT_LENGTH = 1024  # LTX-2.3: rows of the context, prompt and registers together
+
+
+# ------------------------------------------------------------ tokenizer
+
+
+class Tokenizer:
+    """Text -> ids with Gemma 3's rules, read from a Hugging Face `tokenizer.json`.
+
+    LTX-2.3: (1) "added" pieces such as `<b>` or line breaks are cut out of the raw text first, leftmost and longest;
+    (2) in what is between them every space becomes a low block; (3) byte-pair encoding: start from single characters
+    and keep joining the neighbouring pair that stands highest in the list of merges; (4) a character the vocabulary
+    does not have becomes its UTF-8 bytes, one piece each, so nothing is ever unknown.
+
+    source: path of a tokenizer.json, or its parsed content. Raises ValueError for a tokenizer of another kind.
+    """
+
+    def __init__(self, source: str | os.PathLike | dict):
+        data = source if isinstance(source, dict) else json.loads(Path(source).read_text(encoding="utf-8"))
+        _check_tokenizer(data)
+        self.vocab: dict[str, int] = dict(data["model"]["vocab"])
+        # Gemma's file lists 514,906 merges: rank = place in the list. Old files write "a b", new ones ["a", "b"].
+        merges = data["model"]["merges"]
+        self.rank = {tuple(m.split(" ")) if isinstance(m, str) else tuple(m): i for i, m in enumerate(merges)}
+        added = {token["content"]: token["id"] for token in data.get("added_tokens", [])}
+        self.vocab.update(added)
+        self.pieces = {index: piece for piece, index in self.vocab.items()}
+        self.pad, self.bos = self.vocab["<pad>"], self.vocab["<bos>"]
+        longest_first = sorted(added, key=len, reverse=True)  # a regex takes the first alternative that fits
+        self._added = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+        # No piece of Gemma's has a space after a letter, so no merge crosses into the next word and words can be
+        # encoded one by one. That is exact, and it makes encoding fast; a vocabulary that lacks this is not split.
+        crosses = any(SPACE in piece.lstrip(SPACE) for piece in self.vocab if piece not in added)
+        self._words = re.compile(".+" if crosses else f"{SPACE}*[^{SPACE}]+|{SPACE}+", re.DOTALL)
+        self._seen: dict[str, tuple[int, ...]] = {}  # words encoded before
+
+    def _encode_word(self, word: str) -> tuple[int, ...]:
+        parts: list[str] = []
+        for char in word:
+            parts += [char] if char in self.vocab else [BYTE_PIECES[b] for b in char.encode("utf-8", "replace")]
+        never = len(self.rank)
+        ranks = [self.rank.get(pair, never) for pair in pairwise(parts)]  # ranks[i]: joining part i with part i+1
+        while ranks and (best := min(ranks)) < never:
+            i = ranks.index(best)  # the leftmost one, where the same pair occurs twice
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+            del ranks[i]
+            if i > 0:
+                ranks[i - 1] = self.rank.get((parts[i - 1], parts[i]), never)
+            if i < len(ranks):
+                ranks[i] = self.rank.get((parts[i], parts[i + 1]), never)
+        return tuple(self.vocab[part] for part in parts)
+
+    def raw_ids(self, text: str) -> list[int]:
+        """The ids of exactly this text: nothing stripped, no BOS."""
+        ids: list[int] = []
+        for i, span in enumerate(self._added.split(text)):  # the odd entries are the added pieces
+            if i % 2:
+                ids.append(self.vocab[span])
+            else:
+                for word in self._words.findall(span.replace(" ", SPACE)):
+                    if word not in self._seen:
+                        self._seen[word] = self._encode_word(word)
+                    ids += self._seen[word]
+        return ids
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a prompt. LTX-2.3: surrounding white space stripped, BOS in front, no EOS. "" gives [BOS]."""
+        return [self.bos, *self.raw_ids(text.strip())]
+
+    def encode_padded(self, text: str, length: int) -> tuple[Tensor, Tensor]:
+        """Ids and mask, both (length,) int64. LTX-2.3: padded on the left; a longer prompt loses its end."""
+        if length < 1:
+            raise ValueError(f"expected a length of at least 1, got {length}; BOS needs one place")
+        ids = self.encode(text)[:length]
+        padding = length - len(ids)
+        return torch.tensor([self.pad] * padding + ids), torch.tensor([0] * padding + [1] * len(ids))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of these ids, <pad>, <eos> and <bos> left out. Undoes `raw_ids` for text without a literal low block."""
+        data = b""
+        for index in map(int, ids):
+            piece = self.pieces[index]
+            if piece not in SPECIAL_PIECES:
+                data += BYTE_OF_PIECE.get(piece) or piece.replace(SPACE, " ").encode()
+        return data.decode("utf-8", "replace")
+
+
+def _check_tokenizer(data: dict) -> None:
+    model, normalizer = data.get("model", {}), data.get("normalizer") or {}
+    if model.get("type") != "BPE" or not model.get("byte_fallback"):
+        raise ValueError(f"expected BPE with byte_fallback, got {model.get('type')}; use Gemma 3's tokenizer.json")
+    if missing := [piece for piece in SPECIAL_PIECES + BYTE_PIECES if piece not in model["vocab"]]:
+        raise ValueError(f"expected {missing[0]} in the vocabulary, got none; use Gemma 3's tokenizer.json")
+    if normalizer.get("pattern") != {"String": " "} or normalizer.get("content") != SPACE:
+        raise ValueError(f"expected ' ' to become '{SPACE}', got normalizer {normalizer}; use Gemma 3's tokenizer.json")
+    for token in data.get("added_tokens", []):
+        for flag in ("normalized", "lstrip", "rstrip", "single_word"):
+            if token.get(flag):
+                raise ValueError(f"expected added tokens without {flag}, got {token['content']!r} with it; clear it")
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> dict:
+    """A small vocabulary for `texts`, as the content of a Gemma-style tokenizer.json (write it with json.dump).
+
+    our reading: the bundled tiny model gets its own vocabulary, because Gemma's embedding table alone is a billion
+    numbers. Ids: <pad> <eos> <bos> <unk>, 256 byte pieces, the characters of `texts` sorted, then one piece per merge.
+    Byte-pair training: join the most frequent neighbouring pair (ties: alphabetically first), again and again; never
+    across words. Gives fewer than vocab_size pieces when no pair occurs twice any more.
+    Raises ValueError when vocab_size is too small for bytes and characters.
+    """
+    words = Counter(w for t in texts for w in re.findall(f"{SPACE}*[^{SPACE}]+", t.strip().replace(" ", SPACE)))
+    pieces = SPECIAL_PIECES + BYTE_PIECES + sorted({SPACE}.union(*words))
+    if vocab_size < len(pieces):
+        raise ValueError(f"expected vocab_size >= {len(pieces)} (bytes and characters), got {vocab_size}; raise it")
+    vocab = {piece: index for index, piece in enumerate(pieces)}
+    split = {word: list(word) for word in words}
+    merges: list[list[str]] = []
+    while len(vocab) < vocab_size:
+        pairs: Counter = Counter()
+        for word, parts in split.items():
+            for pair in pairwise(parts):
+                pairs[pair] += words[word]
+        pair = min(pairs, key=lambda p: (-pairs[p], p), default=None)
+        if pair is None or pairs[pair] < 2:
+            break
+        merges.append(list(pair))
+        vocab.setdefault(pair[0] + pair[1], len(vocab))
+        for parts in split.values():
+            i = 0
+            while i < len(parts) - 1:
+                if (parts[i], parts[i + 1]) == pair:
+                    parts[i : i + 2] = [pair[0] + pair[1]]
+                i += 1
+    return _tokenizer_json(vocab, merges)
+
+
+def _tokenizer_json(vocab: dict[str, int], merges: list[list[str]]) -> dict:
+    off = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    bos = {"SpecialToken": {"id": "<bos>", "type_id": 0}}
+    first = {"Sequence": {"id": "A", "type_id": 0}}
+    second = {"Sequence": {"id": "B", "type_id": 1}}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": i, "content": p, **off, "special": True} for i, p in enumerate(SPECIAL_PIECES)],
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
+        # As in Gemma's file. It never cuts anything: the normalizer has already replaced every space.
+        "pre_tokenizer": {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious",
+                          "invert": False},
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [bos, first],
+            "pair": [bos, first, second],
+            "special_tokens": {"<bos>": {"id": "<bos>", "ids": [vocab["<bos>"]], "tokens": ["<bos>"]}},
+        },
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+            ],
+        },
+        "model": {
+            "type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None,
+            "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": True, "ignore_merges": False,
+            "vocab": vocab, "merges": merges,
+        },
+    }  # fmt: skip
+
+
+# ------------------------------------------------------------ Gemma 3
+
+
+@dataclass(frozen=True)
+class GemmaConfig:
+    """Sizes of a Gemma 3 text model. The defaults are those that Gemma's config files leave out.
+
+    LTX-2.3 uses the 12B model: hidden 3840, 48 layers, 16 query and 8 key/value heads of 256, MLP 15360, window 1024.
+    """
+
+    vocab_size: int = 262_208
+    hidden_size: int = 2304
+    intermediate_size: int = 9216
+    num_hidden_layers: int = 26
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 4
+    head_dim: int = 256  # not hidden_size / heads: in the 12B model q is 4096 wide and the hidden state 3840
+    query_pre_attn_scalar: float = 256.0  # scores are divided by its square root
+    sliding_window: int = 4096
+    rms_norm_eps: float = 1e-6
+    layer_types: tuple[str, ...] = ()  # "sliding_attention" or "full_attention" per layer; () = every sixth is full
+    local_theta: float = 10_000.0  # rotary base of the sliding layers
+    global_theta: float = 1_000_000.0  # ... of the full layers,
+    global_factor: float = 1.0  # ... whose frequencies are divided by this (8 in the released models)
+
+    def __post_init__(self):
+        if not self.layer_types:
+            object.__setattr__(self, "layer_types", _layer_types(self.num_hidden_layers, 6))
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(f"expected {self.num_hidden_layers} layer_types, got {len(self.layer_types)}; fix config")
+        if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
+            raise ValueError("expected query heads a multiple of key/value heads and an even head_dim; fix config.json")
+
+    @classmethod
+    def from_folder(cls, folder: str | os.PathLike) -> "GemmaConfig":
+        """Read `config.json` of a Hugging Face folder."""
+        return cls.from_dict(json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")))
+
+    @classmethod
+    def from_dict(cls, config: dict) -> "GemmaConfig":
+        """From the content of config.json: multimodal or text-only, with old or new names for the rotary settings.
+
+        Raises ValueError for settings that no released Gemma 3 uses (attention bias, score soft-capping, ...).
+        """
+        config = config.get("text_config", config)
+        wanted = {"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False, "attn_logit_softcapping": None,
+                  "use_bidirectional_attention": False}  # fmt: skip
+        for key, value in wanted.items():
+            if (config.get(key) or value) != value:
+                raise ValueError(f"expected {key} = {value}, got {config[key]}; use a Gemma 3 text model")
+        same_name = [n for n in cls.__dataclass_fields__ if not n.endswith(("_theta", "_factor", "_types"))]
+        values = {name: config[name] for name in same_name if config.get(name) is not None}
+        layers = values.get("num_hidden_layers", cls.num_hidden_layers)
+        pattern = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or 6
+        values["layer_types"] = tuple(config.get("layer_types") or _layer_types(layers, pattern))
+        new = config.get("rope_parameters") or {}
+        scaling = new.get("full_attention") or config.get("rope_scaling") or {}
+        local = new.get("sliding_attention") or {}
+        for kind in (scaling.get("rope_type", scaling.get("type")), local.get("rope_type")):
+            if kind not in (None, "default", "linear") or (local.get("factor") or 1) != 1:
+                raise ValueError(f"expected linear rotary scaling on full layers only, got {kind}; use Gemma 3")
+        values["global_theta"] = scaling.get("rope_theta") or config.get("rope_theta") or cls.global_theta
+        values["local_theta"] = local.get("rope_theta") or config.get("rope_local_base_freq") or cls.local_theta
+        values["global_factor"] = scaling.get("factor") or 1.0
+        return cls(**values)
+
+    def to_dict(self) -> dict:
+        """The content of a text-only config.json that both this file and the transformers library read."""
+        same_name = [n for n in self.__dataclass_fields__ if not n.endswith(("_theta", "_factor"))]
+        return {
+            "architectures": ["Gemma3ForCausalLM"],
+            "model_type": "gemma3_text",
+            **{name: getattr(self, name) for name in same_name},
+            "layer_types": list(self.layer_types),
+            "hidden_activation": "gelu_pytorch_tanh",
+            "rope_theta": self.global_theta,
+            "rope_local_base_freq": self.local_theta,
+            "rope_scaling": {"rope_type": "linear", "factor": self.global_factor},
+            "tie_word_embeddings": True,
+        }
+
+
+def _layer_types(layers: int, pattern: int) -> tuple[str, ...]:
+    return tuple("sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(layers))
+
+
+class GemmaNorm(nn.Module):
+    """RMS norm in float32 with weight 1 + w: stored weights are deviations from one, so zeros mean "no change"."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return (y * (1 + self.weight.float())).to(x.dtype)
+
+
+class GemmaAttention(nn.Module):
+    """Grouped-query attention: key/value head j serves `groups` query heads. Norms are per head, unlike LTX's."""
+
+    def __init__(self, config: GemmaConfig):
+        super().__init__()
+        width, hd = config.hidden_size, config.head_dim
+        self.hd = hd
+        self.groups = config.num_attention_heads // config.num_key_value_heads
+        self.scale = config.query_pre_attn_scalar**-0.5
+        self.q_proj = nn.Linear(width, config.num_attention_heads * hd, bias=False)
+        self.k_proj = nn.Linear(width, config.num_key_value_heads * hd, bias=False)
+        self.v_proj = nn.Linear(width, config.num_key_value_heads * hd, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * hd, width, bias=False)
+        self.q_norm = GemmaNorm(hd, config.rms_norm_eps)
+        self.k_norm = GemmaNorm(hd, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], allowed: Tensor) -> Tensor:
+        B, N, _ = x.shape
+        q, k, v = (p(x).view(B, N, -1, self.hd).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate_halves(self.q_norm(q), *rotary), rotate_halves(self.k_norm(k), *rotary)  # (B, nh, N, hd)
+        k = k.repeat_interleave(self.groups, dim=1)
+        v = v.repeat_interleave(self.groups, dim=1)
+        out = F.scaled_dot_product_attention(q, k, v.to(q.dtype), attn_mask=allowed, scale=self.scale)
+        return self.o_proj(out.transpose(1, 2).reshape(B, N, -1))  # (B, N, Dg)
+
+
+class GemmaMLP(nn.Module):
+    """Gated feed-forward."""
+
+    def __init__(self, config: GemmaConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+
+
+class GemmaLayer(nn.Module):
+    """Attention and feed-forward, each between two norms: one on what goes in, one on what is added back."""
+
+    def __init__(self, config: GemmaConfig):
+        super().__init__()
+        self.self_attn = GemmaAttention(config)
+        self.mlp = GemmaMLP(config)
+        width, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = GemmaNorm(width, eps)
+        self.post_attention_layernorm = GemmaNorm(width, eps)
+        self.pre_feedforward_layernorm = GemmaNorm(width, eps)
+        self.post_feedforward_layernorm = GemmaNorm(width, eps)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], allowed: Tensor) -> Tensor:
+        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), rotary, allowed))
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+
+
+class GemmaTextModel(nn.Module):
+    """Gemma 3 without its vision tower and its output layer (names as after `model.` in a checkpoint)."""
+
+    def __init__(self, config: GemmaConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # our reading, for training from scratch only: after the factor sqrt(Dg) embeddings start with deviation 1.
+        nn.init.normal_(self.embed_tokens.weight, std=config.hidden_size**-0.5)
+        self.layers = nn.ModuleList(GemmaLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = GemmaNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        """All hidden states of a batch of padded prompts.
+
+        ids, mask: (B, N). Returns num_hidden_layers + 1 tensors (B, N, Dg): the scaled embeddings, the output of every
+        layer but the last, and the last one after the final norm. Rows where mask is 0 are finite but mean nothing.
+        """
+        config, N = self.config, ids.shape[1]
+        allowed = {
+            "full_attention": attention_allowed(mask, N),
+            "sliding_attention": attention_allowed(mask, config.sliding_window),
+        }  # each (B, 1, N, N)
+        x = self.embed_tokens(ids)
+        # LTX-2.3 (Gemma): the factor itself is rounded to the weights' type: 62.0 in bf16 for the 12B, not 61.97.
+        x = x * torch.tensor(config.hidden_size**0.5, dtype=x.dtype, device=x.device)  # (B, N, Dg)
+        rotary = {
+            "full_attention": _angles(N, config.head_dim, config.global_theta, config.global_factor, x),
+            "sliding_attention": _angles(N, config.head_dim, config.local_theta, 1.0, x),
+        }
+        states = [x]
+        for layer, kind in zip(self.layers, config.layer_types, strict=True):
+            x = layer(x, rotary[kind], allowed[kind])
+            states.append(x)
+        states[-1] = self.norm(x)
+        return tuple(states)
+
+
+def attention_allowed(mask: Tensor, window: int) -> Tensor:
+    """Which query (row) may read which key (column): (B, N) mask -> (B, 1, N, N) bool.
+
+    LTX-2.3 (Gemma): key k is read by query q when q - window < k <= q and k is not padding. A padded query may also
+    read itself: a row without any key would be a softmax over nothing, and its NaN would spread in training.
+    """
+    place = torch.arange(mask.shape[-1], device=mask.device)
+    query, key = place[:, None], place[None, :]
+    near = (key <= query) & (key > query - window)  # (N, N)
+    return ((near & (mask[:, None, :] > 0)) | (key == query))[:, None]
+
+
+def _angles(length: int, hd: int, theta: float, factor: float, like: Tensor) -> tuple[Tensor, Tensor]:
+    # Positions count padding too; only differences matter. cos and sin: (N, hd/2), computed in float32.
+    pair = torch.arange(0, hd, 2, device=like.device, dtype=torch.float32)
+    frequency = theta ** (-pair / hd) / factor
+    angle = torch.arange(length, device=like.device, dtype=torch.float32)[:, None] * frequency
+    return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
+
+
+def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Gemma's rotary embedding: element i is paired with element i + hd/2. x: (..., N, hd), cos and sin (N, hd/2)."""
+    a, b = x.chunk(2, dim=-1)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+GEMMA_PREFIXES = (
+    "language_model.model.",  # the multimodal folders on the hub
+    "model.language_model.",  # the same, saved again by a recent transformers
+    "model.",  # text-only folders
+    "",  # a bare text model
+)
+
+
+def load_gemma(
+    folder: str | os.PathLike, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> GemmaTextModel:
+    """Gemma 3 from a Hugging Face folder: config.json and one or several safetensors files.
+
+    dtype None keeps what is stored. Vision tower and output layer are ignored. Raises ValueError for a folder without
+    weights and for a missing or misshapen tensor (naming it).
+    """
+    folder = Path(folder)
+    index = folder / "model.safetensors.index.json"
+    files = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    where: dict[str, Path] = {}
+    for path in (folder / name for name in sorted(files)):
+        if not path.exists():
+            raise ValueError(f"expected {path}, got no such file; download the whole Gemma folder")
+        with safe_open(path, framework="pt") as file:
+            where.update(dict.fromkeys(file.keys(), path))
+    prefix = next((p for p in GEMMA_PREFIXES if p + "embed_tokens.weight" in where), None)
+    if prefix is None:
+        raise ValueError(f"expected '...embed_tokens.weight' in {folder}, got none; is this a Gemma 3 folder?")
+    with torch.device("meta"):
+        gemma = GemmaTextModel(GemmaConfig.from_folder(folder))
+    tensors: dict[str, Tensor] = {}
+    expected = gemma.state_dict()
+    if missing := [name for name in expected if prefix + name not in where]:
+        raise ValueError(f"expected {prefix + missing[0]} in {folder}, got {len(missing)} missing; fetch all files")
+    for path in sorted(set(where.values())):
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            for name in (n for n in expected if where[prefix + n] == path):
+                tensors[name] = file.get_tensor(prefix + name).to(dtype=dtype)
+                if (got := tuple(tensors[name].shape)) != (want := tuple(expected[name].shape)):
+                    raise ValueError(f"expected {prefix + name} of shape {want}, got {got}; config.json disagrees")
+    gemma.load_state_dict(tensors, strict=True, assign=True)
+    return gemma
+
+
+def save_gemma(
+    folder: str | os.PathLike, gemma: GemmaTextModel, tokenizer: dict, dtype: torch.dtype | None = None
+) -> None:
+    """Write a text-only Hugging Face folder (config.json, tokenizer.json, model.safetensors) that load_gemma reads.
+
+    tokenizer: the content from train_bpe. dtype: type on disk, None keeps the model's.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(gemma.config.to_dict(), indent=1), encoding="utf-8")
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False, indent=1), encoding="utf-8")
+    tensors = {"model." + n: t.detach().to("cpu", dtype).contiguous() for n, t in gemma.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors.part", metadata={"format": "pt"})
+    os.replace(folder / "model.safetensors.part", folder / "model.safetensors")
+
+
+# ------------------------------------------------------------ to the video model's width
+
+
+class FeatureExtractor(nn.Module):
+    """All hidden states of a token -> one vector of the video model's width. Checkpoint prefix EXTRACTOR_PREFIX.
+
+    config: config["transformer"] of the checkpoint; gemma_hidden: Dg; num_states: Gemma's layers + 1.
+    """
+
+    def __init__(self, config: dict, gemma_hidden: int, num_states: int):
+        super().__init__()
+        _check_connector(config)
+        dim = config["connector_num_attention_heads"] * config["connector_attention_head_dim"]
+        self.scale = (dim / gemma_hidden) ** 0.5
+        self.video_aggregate_embed = nn.Linear(gemma_hidden * num_states, dim)
+
+    def normalised(self, states: Sequence[Tensor], mask: Tensor) -> Tensor:
+        """LTX-2.3: every state of every token to mean square 1, then flattened feature slow, state fast; padding zero.
+
+        states: num_states x (B, N, Dg), mask (B, N) -> (B, N, Dg * num_states).
+        """
+        # Layers differ in scale by orders of magnitude; without this step the loudest one would be all that is heard.
+        stack = torch.stack([F.rms_norm(s, (s.shape[-1],), eps=1e-6) for s in states], dim=-1)  # (B, N, Dg, states)
+        flat = stack.flatten(2)  # element j * num_states + l is feature j of state l
+        return torch.where(mask[..., None] > 0, flat, torch.zeros_like(flat))
+
+    def forward(self, states: Sequence[Tensor], mask: Tensor) -> Tensor:
+        """states: num_states x (B, N, Dg), mask (B, N) -> features (B, N, D)."""
+        features = self.normalised(states, mask) * self.scale
+        return self.video_aggregate_embed(features.to(self.video_aggregate_embed.weight.dtype))
+
+
+class ConnectorBlock(nn.Module):
+    """Pre-norm self-attention and feed-forward; the norms have no weights."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.attn1 = Attention(dim, heads)
+        self.ff = FeedForward(dim)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        x = x + self.attn1(F.rms_norm(x, (x.shape[-1],), eps=1e-6), rotary=rotary)
+        return x + self.ff(F.rms_norm(x, (x.shape[-1],), eps=1e-6))
+
+
+class Connector(nn.Module):
+    """Features -> context: prompt tokens first, registers after, then a few blocks. Checkpoint prefix CONNECTOR_PREFIX.
+
+    config: config["transformer"] of the checkpoint.
+    """
+
+    def __init__(self, config: dict):
+        super().__init__()
+        _check_connector(config)
+        self.heads = config["connector_num_attention_heads"]
+        dim = self.heads * config["connector_attention_head_dim"]
+        self.theta = config.get("positional_embedding_theta", 10000.0)
+        self.max_pos = tuple(config.get("connector_positional_embedding_max_pos", [4096]))
+        self.learnable_registers = nn.Parameter(torch.rand(config["connector_num_learnable_registers"], dim) * 2 - 1)
+        self.transformer_1d_blocks = nn.ModuleList(
+            ConnectorBlock(dim, self.heads) for _ in range(config["connector_num_layers"])
+        )
+
+    def fill(self, features: Tensor, mask: Tensor) -> Tensor:
+        """LTX-2.3: valid tokens move to the front in their order; every place p behind them takes register p mod count.
+
+        features (B, N, D), mask (B, N) -> (B, N, D). Raises ValueError when N is no multiple of the register count.
+        """
+        B, N, D = features.shape
+        registers = self.learnable_registers.to(features.dtype)
+        if N % len(registers):
+            raise ValueError(f"expected a text length divisible by {len(registers)} registers, got {N}; pad more")
+        valid = (mask > 0).long()  # (B, N)
+        order = valid.argsort(dim=1, descending=True, stable=True)  # stable: the words keep their order
+        moved = features.gather(1, order[..., None].expand(B, N, D))
+        # Counted by place, not from the end of the prompt: which registers are used depends on the prompt's length.
+        is_prompt = torch.arange(N, device=mask.device) < valid.sum(1, keepdim=True)  # (B, N)
+        return torch.where(is_prompt[..., None], moved, registers.repeat(N // len(registers), 1))
+
+    def forward(self, features: Tensor, mask: Tensor) -> Tensor:
+        """features (B, N, D), mask (B, N) -> context (B, N, D), every row of which may be attended to."""
+        x = self.fill(features, mask)
+        places = torch.arange(x.shape[1], device=x.device, dtype=torch.float32)[None, None]  # (1, 1, N): one axis
+        rotary = rotary_tables(places, x.shape[-1], self.heads, self.theta, self.max_pos)
+        for block in self.transformer_1d_blocks:
+            x = block(x, rotary)
+        return F.rms_norm(x, (x.shape[-1],), eps=1e-6)
+
+
+def _check_connector(config: dict) -> None:
+    wanted = {"connector_apply_gated_attention": True, "connector_norm_output": True, "rope_type": "split",
+              "caption_proj_before_connector": True, "text_encoder_norm_type": "per_token_rms"}  # fmt: skip
+    for key, value in wanted.items():
+        if config.get(key, value) != value:
+            raise ValueError(f"expected {key} = {value} as in LTX-2.3, got {config[key]}; use an LTX-2.3 checkpoint")
+
+
+# ------------------------------------------------------------ everything together
+
+EXTRACTOR_PREFIX = "text_embedding_projection."
+CONNECTOR_PREFIX = "model.diffusion_model.video_embeddings_connector."
+
+
+class TextEncoder(nn.Module):
+    """Tokenizer, Gemma, extractor and connector in one. Keeps gradients unless called under torch.no_grad().
+
+    length: N, rows of the context; a multiple of the number of registers.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        gemma: GemmaTextModel,
+        extractor: FeatureExtractor,
+        connector: Connector,
+        length: int = DEFAULT_TEXT_LENGTH,
+    ):
+        super().__init__()
+        self.tokenizer, self.length = tokenizer, length
+        self.gemma, self.extractor, self.connector = gemma, extractor, connector
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: str | os.PathLike,
+        gemma_root: str | os.PathLike,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> "TextEncoder":
+        """From an LTX-2.3 checkpoint (extractor, connector) and a Gemma 3 folder (tokenizer, text model).
+
+        dtype None keeps what is stored. Raises ValueError where a file does not fit.
+        """
+        config = read_metadata(checkpoint)["config"]["transformer"]
+        gemma = load_gemma(gemma_root, dtype, device)
+        sizes = gemma.config
+        with torch.device("meta"):
+            extractor = FeatureExtractor(config, sizes.hidden_size, sizes.num_hidden_layers + 1)
+            connector = Connector(config)
+        load_weights(extractor, checkpoint, EXTRACTOR_PREFIX, dtype, device)
+        load_weights(connector, checkpoint, CONNECTOR_PREFIX, dtype, device)
+        length = config.get("text_max_length", DEFAULT_TEXT_LENGTH)
+        return cls(Tokenizer(Path(gemma_root) / "tokenizer.json"), gemma, extractor, connector, length)
+
+    def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """ids and mask, both (B, N), on the model's device."""
+        if type(prompts) is str:  # would otherwise be read as one prompt per character
+            raise ValueError("expected a list of prompts, got one string; write [prompt]")
+        device = self.connector.learnable_registers.device
+        ids, masks = zip(*(self.tokenizer.encode_padded(p, self.length) for p in prompts), strict=True)
+        return torch.stack(ids).to(device), torch.stack(masks).to(device)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """ids, mask (B, N) -> context (B, N, D). For training, where tokenizing is done beforehand."""
+        return self.connector(self.extractor(self.gemma(ids, mask), mask), mask)
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Prompts -> context (B, N, D). "" is the null prompt of guidance."""
+        return self(*self.tokenize(prompts))
+
+
+def _demo() -> None:
+    torch.manual_seed(0)
+    captions = ["A woman with red hair laughs in the rain.", "A man with grey hair turns left in a room.",
+                "A woman with dark hair comes closer in a room.", "A man laughs in a bright room."]  # fmt: skip
+    data = train_bpe(captions, vocab_size=340)
+    tokenizer = Tokenizer(data)
+    prompt = "A woman laughs in a café."
+    ids = tokenizer.encode(prompt)
+    print(f"vocabulary: {len(data['model']['vocab'])} pieces, {len(data['model']['merges'])} merges\n")
+    print(f"prompt  {prompt!r}\npieces  {' '.join(tokenizer.pieces[i] for i in ids)}\nids     {ids}")
+    print(f"back    {tokenizer.decode(ids)!r}\n")
+
+    sizes = GemmaConfig(vocab_size=340, hidden_size=32, intermediate_size=64, num_hidden_layers=6, head_dim=8,
+                        num_attention_heads=4, num_key_value_heads=2, sliding_window=16)  # fmt: skip
+    config = {"connector_num_attention_heads": 4, "connector_attention_head_dim": 12, "connector_num_layers": 2,
+              "connector_num_learnable_registers": 16}  # fmt: skip
+    extractor = FeatureExtractor(config, sizes.hidden_size, sizes.num_hidden_layers + 1)
+    encoder = TextEncoder(tokenizer, GemmaTextModel(sizes), extractor, Connector(config), length=32)
+    with torch.no_grad():
+        ids, mask = encoder.tokenize([prompt, ""])
+        states = encoder.gemma(ids, mask)
+        features = encoder.extractor(states, mask)
+        filled = encoder.connector.fill(features, mask)
+        context = encoder.connector(features, mask)
+    print(f"ids, mask  {tuple(ids.shape)}, real tokens per prompt {mask.sum(1).tolist()} (the second prompt is empty)")
+    print(f"states     {len(states)} x {tuple(states[0].shape)}\nfeatures   {tuple(features.shape)}")
+    print(f"context    {tuple(context.shape)}\n")
+    registers = encoder.connector.learnable_registers
+    for row in filled:
+        cells = [next((f"{i:2d}" for i, r in enumerate(registers) if torch.equal(r, x)), " p") for x in row]
+        print("rows       " + " ".join(cells))
+    print("\nNotice: p marks the prompt's tokens, moved to the front; numbers are registers, so the empty prompt fills")
+    print("every row too; and é, which no caption had, became two byte pieces.")
+
+
+if __name__ == "__main__":
+    _demo()

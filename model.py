@@ -475,10 +475,10 @@ def ltx_sigmas(steps: int, tokens: int = 4096) -> Tensor:
     if steps < 1:
         raise ValueError(f"expected at least 1 step, got {steps}; 30 is usual")
     even = torch.linspace(1, 0, steps + 1, dtype=torch.float32)[:-1]  # (steps,)
-    weight = math.exp(token_shift(tokens))
-    shifted = weight / (weight + (1 / even - 1))  # the brackets keep the first level at exactly 1
+    weight = torch.tensor(math.exp(token_shift(tokens)))  # float32, so that the first level comes out as exactly 1
+    shifted = weight / (weight + (1 / even - 1))
     if steps > 1:  # with one step the only level is 1, and there is nothing to stretch
-        shifted = 1 - (1 - shifted) * (1 - 0.1) / (1 - shifted[-1])
+        shifted = 1 - (1 - shifted) * ((1 - 0.1) / (1 - shifted[-1]))
     return torch.cat([shifted, torch.zeros(1)])
 
 

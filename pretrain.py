@@ -25,13 +25,46 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as nnf
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import world
-from losses import pool_face_mask
-from optim import Average, MuonAdamW, Run, average_gradients, schedule, seeded, split_parameters
+from face import FaceNet, square
+from losses import crop_faces, flow_matching_loss, pool_face_mask
+from model import (
+    TransformerConfig,
+    VideoTransformer,
+    load_weights,
+    save_checkpoint,
+    training_sigmas,
+)
+from optim import (
+    Average,
+    MuonAdamW,
+    Run,
+    average_gradients,
+    schedule,
+    seeded,
+    split_parameters,
+    write_beside,
+)
+from reference import patchify
+from rope import grid_to_positions, video_grid
+from text import (
+    CONNECTOR_PREFIX,
+    EXTRACTOR_PREFIX,
+    Connector,
+    FeatureExtractor,
+    GemmaConfig,
+    GemmaTextModel,
+    TextEncoder,
+    Tokenizer,
+    save_gemma,
+    train_bpe,
+)
 from vae import VideoVAE, psnr
 
 DATA, RUNS, WEIGHTS = Path("data"), Path("runs"), Path("weights/tiny")
@@ -52,6 +85,25 @@ TINY_VAE = {
                        ["res_x", {"num_layers": 3}], ["compress_time", {"multiplier": 1}],
                        ["res_x", {"num_layers": 2}]],
 }
+
+GRID = ((FRAMES - 1) // 4 + 1, SIZE // 8, SIZE // 8)  # latent frames, height, width
+TINY_TRANSFORMER = TransformerConfig(
+    in_channels=128, out_channels=128, num_layers=6, heads=4, head_dim=48,
+    # LTX's own 10000 and (20 s, 2048, 2048) would waste most frequencies on a one-second, 64-pixel clip
+    theta=100.0, max_pos=(2, 128, 128),
+).to_checkpoint() | {
+    "connector_num_layers": 1, "connector_num_attention_heads": 4, "connector_attention_head_dim": 48,
+    "connector_num_learnable_registers": 16, "connector_positional_embedding_max_pos": [64],
+    "connector_apply_gated_attention": True, "connector_norm_output": True, "use_embeddings_connector": True,
+    "text_encoder_norm_type": "per_token_rms", "text_max_length": 48,
+}
+TINY_GEMMA = GemmaConfig(vocab_size=512, hidden_size=96, intermediate_size=192, num_hidden_layers=2,
+                         num_attention_heads=2, num_key_value_heads=1, head_dim=48, query_pre_attn_scalar=48.0,
+                         sliding_window=64)
+TRANSFORMER_PREFIX = "model.diffusion_model."
+# What sample.py uses when a flag is not given; a checkpoint without this entry gets LTX-2.3's official numbers.
+TINY_INFERENCE = {"width": SIZE, "height": SIZE, "num_frames": FRAMES, "frame_rate": FRAME_RATE, "steps": 15,
+                  "text_scale": 3.0, "ref_scale": 2.0, "rescale": 0.0, "schedule_tokens": GRID[0] * GRID[1] * GRID[2]}
 
 
 # --------------------------------------------------------------------------------------------------------- data: render
@@ -211,24 +263,271 @@ def vae_stage(args: argparse.Namespace, device: str) -> None:
         print(f"validation PSNR {check_vae(vae, run.average.shadow, run, device):.2f} dB after {run.done} steps")
 
 
+# --------------------------------------------------------------------------------------------------------- stage: encode
+@torch.no_grad()
+def measure_statistics(vae: VideoVAE, video: Tensor) -> None:
+    """Set the latent mean and deviation per channel from clips, so that `encode` gives unit latents."""
+    with torch.autocast(video.device.type, torch.bfloat16):
+        z = torch.cat([vae.encoder(v).float() for v in video.split(32)])
+    stats = vae.per_channel_statistics
+    getattr(stats, "mean-of-means").copy_(z.mean(dim=(0, 2, 3, 4)))
+    getattr(stats, "std-of-means").copy_(z.std(dim=(0, 2, 3, 4)))
+
+
+def encode_stage(args: argparse.Namespace, device: str) -> None:
+    """Freeze the VAE (averaged weights, rounded to the bf16 that is shipped) and cache the clips' latents."""
+    vae = VideoVAE(TINY_VAE).to(device)
+    named = dict(vae.named_parameters())
+    run = Run(RUNS / "vae", named, MuonAdamW(*split_parameters(named, ("encoder.conv_in", "decoder.conv_out"))),
+              Average(named))
+    vae.load_state_dict({k: v.bfloat16() for k, v in run.average.shadow.items()}, strict=False)
+    clips = Clips(device)
+    measure_statistics(vae, clips.batch(1024, seeded(args.seed, 77, device=device))[0])
+    tensors = {f"vae.{k}": v.bfloat16() for k, v in vae.state_dict().items()}
+    save_checkpoint(RUNS / "vae.safetensors", tensors, {"vae": TINY_VAE}, {})
+    if device != "cpu":
+        return  # a GPU encodes what it renders, in the step
+    load_weights(vae, RUNS / "vae.safetensors", "vae.", torch.float32)
+    length = GRID[0] * GRID[1] * GRID[2]
+    out = np.lib.format.open_memmap(DATA / "train" / "latents.npy", "w+", np.float16, (len(clips.video), length, 128))
+    for start in tqdm(range(0, len(clips.video), 32), desc="encode", unit="block"):
+        video = torch.from_numpy(clips.video[start:start + 32]).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            out[start:start + 32] = patchify(vae.encode(video)).half().numpy()
+    out.flush()
+
+
+# ----------------------------------------------------------------------------------------------------------- stage: base
+def new_text_encoder(tokenizer: dict) -> TextEncoder:
+    """A random tiny Gemma with extractor and connector, around a given tokenizer.json content."""
+    config = TINY_TRANSFORMER
+    extractor = FeatureExtractor(config, TINY_GEMMA.hidden_size, TINY_GEMMA.num_hidden_layers + 1)
+    return TextEncoder(Tokenizer(tokenizer), GemmaTextModel(TINY_GEMMA), extractor, Connector(config),
+                       config["text_max_length"])
+
+
+def init_transformer(model: VideoTransformer) -> None:
+    """Start every block as a plain residual layer: noise level and prompt modulate nothing yet, gates are half open."""
+    with torch.no_grad():
+        for block in model.transformer_blocks:
+            block.scale_shift_table.zero_()
+            block.scale_shift_table[[2, 5, 8]] = 0.5
+            block.prompt_scale_shift_table.zero_()
+        for part in (model.adaln_single.linear, model.prompt_adaln_single.linear, model.proj_out):
+            nn.init.normal_(part.weight, std=1e-3)
+            nn.init.zeros_(part.bias)
+        model.scale_shift_table.zero_()
+
+
+class Latents:
+    """Cached latents with their captions' token ids. On CUDA: rendered and encoded on the spot."""
+
+    def __init__(self, text: TextEncoder, device: str):
+        self.device = device
+        self.latents = np.load(DATA / "train" / "latents.npy", mmap_mode="r")
+        self.faces = np.load(DATA / "train" / "faces.npy", mmap_mode="r")
+        self.boxes = np.load(DATA / "train" / "boxes.npy", mmap_mode="r")
+        self.rows = clip_rows("train", 0, len(self.latents))
+        prompts = [world.caption(s, int(a), int(t)) for s, a, t in
+                   zip(self.rows["setting"], self.rows["action"], self.rows["template"], strict=True)]
+        self.ids, self.mask = text.tokenize([*prompts, ""])  # the last one is the null prompt
+
+    def batch(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """x0 (B, L, C), ids and mask (B, N), face (B, L), boxes (B, F, 4), person (B, T), setting (B, 3)."""
+        index = torch.randint(len(self.latents), (count,), generator=generator).sort().values
+        i = index.numpy()
+        return {"x0": torch.from_numpy(self.latents[i]).float(), "face": torch.from_numpy(self.faces[i]).float(),
+                "boxes": torch.from_numpy(self.boxes[i]), "ids": self.ids[index], "mask": self.mask[index],
+                "person": self.rows["person"][index], "setting": self.rows["setting"][index]}
+
+
+def draw_noise(x0: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """LTX-2.3, spec h: noise level per sample (B,), noise (B, L, C) and the noisy latent (1 - s) x0 + s noise."""
+    B, L, _ = x0.shape
+    device = x0.device
+    normal = torch.randn(B, generator=generator, device=device)
+    u = torch.rand(2, B, generator=generator, device=device)
+    sigma = training_sigmas(L, normal, u[0], u[1])
+    noise = torch.randn(x0.shape, generator=generator, device=device)
+    s = sigma[:, None, None]
+    return sigma, noise, (1 - s) * x0 + s * noise
+
+
+def base_loss(text: TextEncoder, model: VideoTransformer, x0: Tensor, noise: Tensor, noisy: Tensor, sigma: Tensor,
+              positions: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """Plain flow matching on video tokens. Text encoder and transformer learn together: this Gemma starts from zero."""
+    timesteps = sigma[:, None].expand(-1, x0.shape[1])                                    # (B, L)
+    v = model(noisy, timesteps, sigma, positions, text(ids, mask))                        # (B, L, C)
+    return flow_matching_loss(v.float(), noise - x0)
+
+
+KEEP_FROM_MUON = ("patchify_proj", "proj_out", "adaln", "embed_tokens", "scale_shift_table", "registers", "aggregate")
+
+
+def base_stage(args: argparse.Namespace, device: str) -> None:
+    """Text-to-video without any reference: what LTX-2.3 is to the paper, this is to train.py."""
+    torch.manual_seed(args.seed)
+    tokenizer = train_bpe(world.all_captions()[::7], TINY_GEMMA.vocab_size)
+    text, model = new_text_encoder(tokenizer), VideoTransformer(TransformerConfig.from_checkpoint(TINY_TRANSFORMER))
+    init_transformer(model)
+    data = Latents(text, device)
+    both = nn.ModuleDict({"text": text, "transformer": model}).to(device)
+    named = dict(both.named_parameters())
+    optimizer = MuonAdamW(*split_parameters(named, KEEP_FROM_MUON), lr_matrix=3e-3, lr_other=1e-3)
+    run = Run(RUNS / "base", named, optimizer, Average(named))
+    positions = grid_to_positions(video_grid(*GRID), FRAME_RATE, 4, 8).expand(args.batch, -1, -1, -1).to(device)
+    loss_fn = torch.compile(base_loss) if args.compile else base_loss
+    for step in run.steps(args.steps, args.minutes, args.batch, "base"):
+        g = seeded(args.seed, step, run.rank, device=device)
+        batch = {k: v.to(device) for k, v in data.batch(args.batch, g).items()}
+        sigma, noise, noisy = draw_noise(batch["x0"], g)
+        drop = torch.rand(args.batch, generator=g, device=device) < 0.1                   # text dropout, for guidance
+        ids = torch.where(drop[:, None], data.ids[-1], batch["ids"])
+        mask = torch.where(drop[:, None], data.mask[-1], batch["mask"])
+        with torch.autocast(device, torch.bfloat16):
+            loss = loss_fn(text, model, batch["x0"], noise, noisy, sigma, positions, ids, mask)
+        loss.backward()
+        average_gradients(optimizer.parameters(), run.world)
+        nn.utils.clip_grad_norm_(optimizer.parameters(), 1.0)
+        optimizer.step(schedule(step, args.steps, decay=0.2))
+        both.zero_grad(set_to_none=True)
+        run.average.update(named, step)
+        run.losses = {"loss": 0.98 * run.losses.get("loss", loss.item()) + 0.02 * loss.item()}
+    if run.rank == 0:
+        write_base(run.average.shadow, text, tokenizer)
+
+
+def write_base(weights: dict[str, Tensor], text: TextEncoder, tokenizer: dict) -> None:
+    """Averaged weights + frozen VAE -> runs/base.safetensors in LTX-2.3's format, and the Gemma folder."""
+    tensors = {}
+    for name, value in weights.items():
+        for ours, theirs in (("text.extractor.", EXTRACTOR_PREFIX), ("text.connector.", CONNECTOR_PREFIX),
+                             ("transformer.", TRANSFORMER_PREFIX)):
+            if name.startswith(ours):
+                tensors[theirs + name.removeprefix(ours)] = value.bfloat16()
+    vae = VideoVAE(TINY_VAE)
+    load_weights(vae, RUNS / "vae.safetensors", "vae.", torch.float32)
+    tensors |= {f"vae.{k}": v.bfloat16() for k, v in vae.state_dict().items()}
+    config = {"transformer": TINY_TRANSFORMER, "vae": TINY_VAE,
+              "inference": TINY_INFERENCE | {"reference_psnr_floor": reference_floor(vae)}}
+    save_checkpoint(RUNS / "base.safetensors", tensors, config, {})
+    text.gemma.load_state_dict({k.removeprefix("text.gemma."): v for k, v in weights.items()
+                                if k.startswith("text.gemma.")})
+    save_gemma(RUNS / "gemma", text.gemma, tokenizer, torch.bfloat16)
+
+
+@torch.no_grad()
+def reference_floor(vae: VideoVAE) -> float:
+    """The VAE's PSNR on references of unseen people, first percentile minus 2 dB: what lies below is no world person."""
+    g = seeded(31)
+    person = world.people("val", 256)
+    pictures, _ = world.draw_references(person, world.draw_settings(256, g), g, SIZE)
+    dB = torch.cat([psnr(vae.decode(vae.encode(p[:, :, None])), p[:, :, None]) for p in pictures.split(32)])
+    return round(dB.quantile(0.01).item() - 2, 1)
+
+
+# ---------------------------------------------------------------------------------------------------- stages: recognisers
+def degrade(pictures: Tensor, generator: torch.Generator) -> Tensor:
+    """Random blur and noise, so that a recogniser reads faces, not the renderer's crisp pixels. (B, 3, h, w) -> same."""
+    B, device = len(pictures), pictures.device
+    u = torch.rand(2, B, 1, 1, 1, generator=generator, device=device)
+    blurred = nnf.avg_pool2d(nnf.pad(pictures, (2, 2, 2, 2), mode="replicate"), 5, 1)
+    noise = torch.randn(pictures.shape, generator=generator, device=device)
+    return (torch.lerp(pictures, blurred, u[0] * 0.8) + 0.10 * u[1] * noise).clamp(-1, 1)
+
+
+def face_views(person: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """One picture per person at a random moment of a random action anywhere: (B, 3, 64, 64), boxes (B, 4)."""
+    B = len(person)
+    poses = world.action_poses(world.draw_actions(B, generator), FRAMES, generator)
+    moment = torch.randint(FRAMES, (B,), generator=generator, device=person.device)
+    pose = poses[torch.arange(B, device=person.device), moment][:, None]
+    video, boxes, _ = world.render(person, world.draw_settings(B, generator), pose, SIZE)
+    return degrade(video[:, :, 0], generator), boxes[:, 0]
+
+
+def contrastive_loss(net: FaceNet, first: Tensor, second: Tensor, temperature: float = 0.1) -> Tensor:
+    """InfoNCE: each picture must find the other picture of its person among everyone's, both ways."""
+    a, b = net(torch.cat([first, second])).chunk(2)                                       # (B, E) each
+    scores = a @ b.T / temperature
+    target = torch.arange(len(a), device=a.device)
+    return (nnf.cross_entropy(scores, target) + nnf.cross_entropy(scores.T, target)) / 2
+
+
+def recogniser_stage(args: argparse.Namespace, device: str, judge: bool) -> None:
+    """Train a recogniser on pairs of pictures of one person in two settings; every person has its look-alike beside it.
+
+    face: sees crops around the face box, as ArcFace does; supervises identity in train.py. judge: sees whole frames
+    (a generated video comes without a box), another width, other random people; used by evaluate.py only.
+    """
+    torch.manual_seed(args.seed + (1000 if judge else 0))
+    widths = (20, 28, 56, 96, 160) if judge else (16, 24, 48, 96, 128)
+    net = FaceNet((1, 1, 2, 1), widths, embedding=128, size=SIZE).to(device)
+    named = dict(net.named_parameters())
+    optimizer = MuonAdamW(*split_parameters(named, ("net.conv1", "fc", "prelu")), lr_matrix=2e-3, lr_other=1e-3)
+    name = "judge" if judge else "face"
+    run = Run(RUNS / name, named | {k: v for k, v in net.named_buffers() if v.is_floating_point()}, optimizer,
+              Average({}))
+    loss_fn = torch.compile(contrastive_loss) if args.compile else contrastive_loss
+    for step in run.steps(args.steps, args.minutes, args.batch, name):
+        g = seeded(args.seed, step, 4 if judge else 3, device=device)
+        person = torch.rand(args.batch // 2, len(world.TRAITS), generator=g, device=device)
+        person = torch.cat([person, world.look_alikes(person, g)])
+        views = []
+        for _ in range(2):
+            pictures, boxes = face_views(person, g)
+            shake = torch.rand(len(boxes), 4, generator=g, device=device) * 4 - 2         # real boxes are never exact
+            views.append(pictures if judge else crop_faces(pictures, square(boxes + shake), SIZE))
+        with torch.autocast(device, torch.bfloat16):
+            loss = loss_fn(net, *views)
+        loss.backward()
+        nn.utils.clip_grad_norm_(optimizer.parameters(), 1.0)
+        optimizer.step(schedule(step, args.steps))
+        net.zero_grad(set_to_none=True)
+        run.losses = {"loss": 0.95 * run.losses.get("loss", loss.item()) + 0.05 * loss.item()}
+    tensors = {k: v.bfloat16().contiguous() for k, v in net.state_dict().items() if v.is_floating_point()}
+    write_beside(RUNS / f"{name}.safetensors", lambda p: save_file(tensors, p))
+    print(f"{name}: top-1 and look-alike accuracy among 256 unseen people: {check_recogniser(net, judge, device)}")
+
+
+@torch.no_grad()
+def check_recogniser(net: FaceNet, judge: bool, device: str) -> tuple[float, float]:
+    """Validation people, two settings: share found first among all, share that beats the look-alike."""
+    net.eval()
+    g = seeded(9, device=device)
+    person = world.people("val", 256).to(device)
+    def embed(people: Tensor) -> Tensor:
+        pictures, boxes = face_views(people, g)
+        return net(pictures if judge else crop_faces(pictures, square(boxes), SIZE))
+    a, b, other = embed(person), embed(person), embed(world.look_alikes(person, g))
+    top1 = ((a @ b.T).argmax(1) == torch.arange(len(a), device=device)).float().mean()
+    return round(top1.item(), 3), round(((a * b).sum(1) > (a * other).sum(1)).float().mean().item(), 3)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("stage", choices=["render", "vae"])
-    parser.add_argument("--steps", type=int, default=12_000)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--minutes", type=float, default=1e9)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("stage", choices=["render", "vae", "encode", "base", "face", "judge"])
+    parser.add_argument("--steps", type=int, help="default: vae 8500, base 2500, face and judge 900")
+    parser.add_argument("--batch", type=int, help="per worker; default: vae 8, base 16, face and judge 96")
+    parser.add_argument("--minutes", type=float, default=1e9, help="stop (and save) after this time; run again to go on")
     parser.add_argument("--clips", type=int, default=CLIPS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()
+    defaults = {"vae": (8500, 8), "base": (2500, 16), "face": (900, 96), "judge": (900, 96)}.get(args.stage, (0, 0))
+    args.steps = defaults[0] if args.steps is None else args.steps
+    args.batch = defaults[1] if args.batch is None else args.batch
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         torch.set_flush_denormal(True)
     if args.stage == "render":
         render_stage(args)
-    elif args.stage == "vae":
-        vae_stage(args, device)
+    elif args.stage in ("face", "judge"):
+        recogniser_stage(args, device, judge=args.stage == "judge")
+    else:
+        {"vae": vae_stage, "encode": encode_stage, "base": base_stage}[args.stage](args, device)
 
 
 if __name__ == "__main__":

@@ -60,17 +60,17 @@ def place_tass(F: int, H: int, W: int) -> Tensor:
 
 
 def place_overlap(F: int, H: int, W: int) -> Tensor:
-    """our reading (comparison): cell (i, j) at (0, i, j), on top of frame 0, as in a plain in-context LoRA."""
+    """our reading: (comparison) cell (i, j) at (0, i, j), on top of frame 0, as in a plain in-context LoRA."""
     return _box(range(1), range(H), range(W))
 
 
 def place_time_only(F: int, H: int, W: int) -> Tensor:
-    """our reading (comparison): cell (i, j) at (F, i, j), the next frame, same place on the canvas."""
+    """our reading: (comparison) cell (i, j) at (F, i, j), the next frame, same place on the canvas."""
     return _box(range(F, F + 1), range(H), range(W))
 
 
 def place_space_only(F: int, H: int, W: int) -> Tensor:
-    """our reading (comparison): cell (i, j) at (0, H+i, W+j), frame 0's time, past the lower right corner."""
+    """our reading: (comparison) cell (i, j) at (0, H+i, W+j), frame 0's time, past the lower right corner."""
     return _box(range(1), range(H, 2 * H), range(W, 2 * W))
 
 

@@ -262,9 +262,9 @@ def demo() -> None:
             ["compress_time_res", {"multiplier": 2}], ["res_x", {"num_layers": 4}],
             ["compress_all_res", {"multiplier": 2}], ["res_x", {"num_layers": 2}],
             ["compress_all_res", {"multiplier": 1}], ["res_x", {"num_layers": 2}]]
-    config = dict(in_channels=3, out_channels=3, latent_channels=8, patch_size=4, encoder_base_channels=8,
-                  decoder_base_channels=8, encoder_blocks=real,
-                  decoder_blocks=[[kind.removesuffix("_res"), value] for kind, value in real])
+    config = {"in_channels": 3, "out_channels": 3, "latent_channels": 8, "patch_size": 4, "encoder_base_channels": 8,
+              "decoder_base_channels": 8, "encoder_blocks": real,
+              "decoder_blocks": [[kind.removesuffix("_res"), value] for kind, value in real]}
     torch.manual_seed(0)
     vae = VideoVAE(config).eval()
     video = torch.rand(1, 3, 17, 64, 96) * 2 - 1

@@ -123,8 +123,8 @@ def diffusers_twin(ours: m.VideoTransformer):
         audio_in_channels=4,
         audio_out_channels=4,
         audio_num_attention_heads=2,
-        audio_attention_head_dim=4,
-        audio_cross_attention_dim=8 * config.heads,  # its rotary table is split over the video's heads
+        audio_attention_head_dim=4 * config.heads,
+        audio_cross_attention_dim=8 * config.heads,  # also split over the video's heads, hence the factor
         num_layers=config.num_layers,
         rope_type="split",
         gated_attn=True,

@@ -31,7 +31,8 @@ CAPTIONS = [
     "Close-up: the woman's face, “smiling”, 8 frames.",
 ]
 FRAGMENTS = ["a", "the ", " ", "  ", "\n", "\n\n\n", "\t", "é", "😀", "▁", "▁▁", "<b>", "<", "</b>", "<unused1>",
-             ".", " woman", "woman", "hair", "漢", "\x00", "1", "<bos>", "<pad>", "ing", "-", "'s", "“", "<0x41>"]  # fmt: skip
+             ".", " woman", "woman", "hair", "漢", "\x00", "1", "<bos>", "<pad>", "ing", "-", "'s", "“",
+             "<0x41>"]  # fmt: skip
 TINY = {"vocab_size": 97, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 7, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 10, "query_pre_attn_scalar": 13, "sliding_window": 5}  # fmt: skip
 TRANSFORMER = {"connector_num_attention_heads": 2, "connector_attention_head_dim": 8, "connector_num_layers": 2,

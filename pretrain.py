@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -139,9 +140,9 @@ def render_stage(args: argparse.Namespace) -> None:
     maps = {k: np.lib.format.open_memmap(folder / f"{k}.npy", "w+" if fresh else "r+", dtype, shape)
             for k, (shape, dtype) in shapes.items()}
     for start in tqdm(range(0, args.clips, 32), desc="render", unit="block"):
-        if not fresh and maps["boxes"][start + 31].any():
+        if not fresh and maps["boxes"][min(start + 32, args.clips) - 1].any():
             continue  # already there
-        video, boxes, faces = render_clips(clip_rows("train", start, 32), seeded(args.seed, start))
+        video, boxes, faces = render_clips(clip_rows("train", start, min(32, args.clips - start)), seeded(args.seed, start))
         maps["video"][start:start + 32] = world.to_uint8(video).permute(0, 2, 3, 4, 1).numpy()
         maps["faces"][start:start + 32] = faces.numpy()
         maps["boxes"][start:start + 32] = boxes.numpy()  # last: it marks the block as complete
@@ -333,10 +334,10 @@ class Latents:
         self.ids, self.mask = text.tokenize([*prompts, ""])  # the last one is the null prompt
 
     def batch(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """x0 (B, L, C), ids and mask (B, N), face (B, L), boxes (B, F, 4), person (B, T), setting (B, 3)."""
+        """index (B,), x0 (B, L, C), ids and mask (B, N), face (B, L), boxes (B, F, 4), person (B, T), setting (B, 3)."""
         index = torch.randint(len(self.latents), (count,), generator=generator).sort().values
         i = index.numpy()
-        return {"x0": torch.from_numpy(self.latents[i]).float(), "face": torch.from_numpy(self.faces[i]).float(),
+        return {"index": index, "x0": torch.from_numpy(self.latents[i]).float(), "face": torch.from_numpy(self.faces[i]).float(),
                 "boxes": torch.from_numpy(self.boxes[i]), "ids": self.ids[index], "mask": self.mask[index],
                 "person": self.rows["person"][index], "setting": self.rows["setting"][index]}
 
@@ -504,10 +505,24 @@ def check_recogniser(net: FaceNet, judge: bool, device: str) -> tuple[float, flo
     return round(top1.item(), 3), round(((a * b).sum(1) > (a * other).sum(1)).float().mean().item(), 3)
 
 
+# --------------------------------------------------------------------------------------------------------- stage: export
+def export_stage(args: argparse.Namespace, device: str) -> None:
+    """runs/ -> weights/tiny: the checkpoint that train.py wrote, the Gemma folder and the two recognisers."""
+    sources = {"model.safetensors": RUNS / "st-drc" / "model.safetensors", "face.safetensors": RUNS / "face.safetensors",
+               "judge.safetensors": RUNS / "judge.safetensors"}
+    sources |= {f"gemma/{name}": RUNS / "gemma" / name for name in ("config.json", "tokenizer.json",
+                                                                    "model.safetensors")}
+    for name, source in sources.items():
+        if not source.exists():
+            raise SystemExit(f"pretrain.py: {source} is missing; run the stage that writes it first (--help lists them)")
+        write_beside(WEIGHTS / name, lambda p, source=source: shutil.copyfile(source, p))
+        print(f"{WEIGHTS / name}: {source.stat().st_size / 1e6:.1f} MB")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("stage", choices=["render", "vae", "encode", "base", "face", "judge"])
+    parser.add_argument("stage", choices=["render", "vae", "encode", "base", "face", "judge", "export"])
     parser.add_argument("--steps", type=int, help="default: vae 8500, base 2500, face and judge 900")
     parser.add_argument("--batch", type=int, help="per worker; default: vae 8, base 16, face and judge 96")
     parser.add_argument("--minutes", type=float, default=1e9, help="stop (and save) after this time; run again to go on")
@@ -527,7 +542,7 @@ def main() -> None:
     elif args.stage in ("face", "judge"):
         recogniser_stage(args, device, judge=args.stage == "judge")
     else:
-        {"vae": vae_stage, "encode": encode_stage, "base": base_stage}[args.stage](args, device)
+        {"vae": vae_stage, "encode": encode_stage, "base": base_stage, "export": export_stage}[args.stage](args, device)
 
 
 if __name__ == "__main__":

@@ -101,6 +101,7 @@ TINY_TRANSFORMER = TransformerConfig(
 TINY_GEMMA = GemmaConfig(vocab_size=512, hidden_size=96, intermediate_size=192, num_hidden_layers=2,
                          num_attention_heads=2, num_key_value_heads=1, head_dim=48, query_pre_attn_scalar=48.0,
                          sliding_window=64)
+EXAMPLES = {"ada": 7, "ben": 15, "cleo": 18, "dan": 13}  # name -> row of the test split
 TRANSFORMER_PREFIX = "model.diffusion_model."
 # What sample.py uses when a flag is not given; a checkpoint without this entry gets LTX-2.3's official numbers.
 TINY_INFERENCE = {"width": SIZE, "height": SIZE, "num_frames": FRAMES, "frame_rate": FRAME_RATE, "steps": 15,
@@ -517,6 +518,11 @@ def export_stage(args: argparse.Namespace, device: str) -> None:
             raise SystemExit(f"pretrain.py: {source} is missing; run the stage that writes it first (--help lists them)")
         write_beside(WEIGHTS / name, lambda p, source=source: shutil.copyfile(source, p))
         print(f"{WEIGHTS / name}: {source.stat().st_size / 1e6:.1f} MB")
+    for name, row in EXAMPLES.items():  # faces for the README, people of the test split
+        picture, _ = world.draw_references(world.people("test", row + 1)[-1:], torch.tensor([[2, 0, 4]]), seeded(row),
+                                           size=256, share=1.0)
+        image = Image.fromarray(world.to_uint8(picture[0]).permute(1, 2, 0).numpy())
+        write_beside(Path("examples") / f"{name}.png", lambda p, image=image: image.save(p, format="PNG"))
 
 
 def main() -> None:

@@ -5,10 +5,10 @@
     seed --> noise ----------------------------------------------'
 
 The idea. Every part of ST-DRC (arXiv 2606.02441) has its own file; here they meet, in the order in which data passes
-through them. `denoise` is the paper's inference: reference tokens appended clean to the noisy video tokens at their TASS
-positions, three streams combined by guidance, one Euler step, and the reference dropped before decoding. Without this
-care a reference that is denoised along drifts away from the face, and a "stream without reference" that is made of
-zeros still sees a picture, a grey one.
+through them. `denoise` is the paper's inference: reference tokens appended clean to the noisy video tokens at their
+TASS positions, three streams combined by guidance, one Euler step, and the reference dropped before decoding. Without
+this care a reference that is denoised along drifts away from the face, and a "stream without reference" that is made
+of zeros still sees a picture, a grey one.
 
 paper:       reference tokens beside the video tokens; three streams; the reference is never decoded (abstract, figure).
 LTX-2.3:     noise schedule, Euler step, estimates x0 = x - sigma * v in float32, default sizes and text scale.
@@ -128,9 +128,9 @@ def run(args: argparse.Namespace, config: dict, canvas: Tensor) -> None:
     with stage("text", seconds, device):
         context, null_context = encode_prompts(args, device, dtype)
 
-    with stage("reference", seconds, device), torch.device("meta"):
-        vae = VideoVAE(config["vae"])
     with stage("reference", seconds, device):
+        with torch.device("meta"):
+            vae = VideoVAE(config["vae"])
         load_weights(vae, args.checkpoint_path, "vae.", dtype, device)
         picture = canvas.to(device, dtype)                                                # (1, 3, h, w)
         reference = encode_reference(vae.encode, picture)                                 # (1, R, C)
@@ -174,7 +174,7 @@ def stage(name: str, seconds: dict[str, float], device: torch.device):
     if device.type == "cuda":
         torch.cuda.synchronize()  # otherwise the clock stops before the work does
         torch.cuda.empty_cache()
-    seconds[name] = round(seconds.get(name, 0) + time.perf_counter() - start, 2)
+    seconds[name] = round(time.perf_counter() - start, 2)
 
 
 # ------------------------------------------------------------ files
@@ -239,7 +239,7 @@ class Parser(argparse.ArgumentParser):
     """One line per mistake; argparse alone prints the whole usage first."""
 
     def error(self, message: str) -> None:
-        self.exit(2, f"sample.py: error: {message}; do read sample.py --help\n")
+        self.exit(2, f"sample.py: error: {message}; see sample.py --help\n")
 
 
 def build_parser() -> Parser:
@@ -302,15 +302,15 @@ def resolve(args: argparse.Namespace) -> tuple[dict, Tensor]:
 
 
 def check_paths(args: argparse.Namespace) -> None:
-    out, targets = args.output_path, [args.output_path.with_suffix(s) for s in (".mp4", ".png", ".json")]
+    out = args.output_path
     if out.suffix != ".mp4":
-        raise ValueError(f"expected an output path ending in .mp4, got {out}; do rename --output-path")
+        raise ValueError(f"expected an output path ending in .mp4, got {out}; rename --output-path")
     if not out.parent.is_dir():
-        raise ValueError(f"expected an existing output folder, got {out.parent}; do create it")
-    for target in targets:
+        raise ValueError(f"expected an existing output folder, got {out.parent}; create it")
+    for target in (out, out.with_suffix(".png"), out.with_suffix(".json")):
         if target.is_dir() or target.resolve() == args.ref.resolve():
             raise ValueError(f"expected {target} to be free for the output, got a folder or the reference itself; "
-                             "do change --output-path")
+                             "change --output-path")
     try:
         with tempfile.TemporaryFile(dir=out.parent):  # permission bits alone miss read-only and full disks
             pass
@@ -339,13 +339,17 @@ def resolve_placement(args: argparse.Namespace, metadata: dict) -> None:
     """The placement the weights were trained with; the LoRA, which is trained last, has the last word."""
     trained = metadata.get("reference_placement")
     if args.lora:
-        with safe_open(args.lora[0], "pt") as file:
-            trained = (file.metadata() or {}).get("reference_placement", trained)
+        try:
+            with safe_open(args.lora[0], "pt") as file:
+                trained = (file.metadata() or {}).get("reference_placement", trained)
+        except SafetensorError as error:
+            raise ValueError(f"expected a LoRA file, got {args.lora[0]} ({error}); check --lora") from error
     if trained is None:
         warn("neither checkpoint nor LoRA says that it was trained with references; the face may be ignored")
     elif args.placement not in (None, trained):
         raise ValueError(f"expected --placement {trained} (as trained), got {args.placement}; leave --placement out")
     args.placement = args.placement or trained or "tass"
+    reference_grid(1, 1, 1, args.placement)  # complains about a name it does not know
 
 
 def resolve_numbers(args: argparse.Namespace, defaults: dict, vae: VideoVAE) -> None:
@@ -409,11 +413,13 @@ def main(arguments: list[str] | None = None) -> int:
             print(*(f"  {name} = {value!r}" for name, value in settings(args).items()), sep="\n")
             return 0
         run(args, config, canvas)
-    except (ValueError, OSError, SafetensorError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, SafetensorError, RuntimeError, MemoryError) as error:
         message = " ".join(str(error).split())  # one line, whatever a library had to say
-        if isinstance(error, torch.OutOfMemoryError):
-            message = "expected enough GPU memory, got too little; lower --width, --height or --num-frames"
-        message += "" if "; " in message else "; do check that file and the free space"
+        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in message):
+            message = "expected enough memory for this size, got too little; lower --width, --height or --num-frames"
+        elif isinstance(error, RuntimeError):
+            raise  # a mistake of ours, which needs its traceback
+        message += "" if "; " in message else "; check that file and the free space"
         print(f"sample.py: error: {message}", file=sys.stderr)
         return 2
     print(f"output  {args.output_path} (.png and .json beside it)\nseconds {time.perf_counter() - start:.1f}")

@@ -1,0 +1,343 @@
+"""sample.py end to end on a random tiny checkpoint: files, seeds, scales, refusals; and `denoise` on its own.
+
+The weights are random, so the videos are noise; what is shown is that every part is connected as it should be.
+Hardware: CPU, under half a minute. Run: python -m pytest tests/test_sample.py
+"""
+
+import json
+import os
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import INFERENCE, SIZES, draw_face, livelier, write_tiny
+
+import sample
+from model import VideoTransformer, add_lora, ltx_sigmas, save_lora
+from rope import grid_to_positions, reference_grid, video_grid
+
+PROMPT = "a person in a red shirt laughs"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return write_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+def arguments(tiny: Path, out: Path, *more: str, **changes: str) -> list[str]:
+    chosen = {"ref": tiny / "face.png", "prompt": PROMPT, "checkpoint-path": tiny / "model.safetensors",
+              "gemma-root": tiny / "gemma", "output-path": out, "device": "cpu", **changes}  # fmt: skip
+    return [part for key, value in chosen.items() for part in (f"--{key}", str(value))] + list(more)
+
+
+def generate(tiny: Path, out: Path, *more: str, **changes: str) -> np.ndarray:
+    """Run, and return the frames of the mp4 (F, h, w, 3)."""
+    assert sample.main(arguments(tiny, out, *more, **changes)) == 0
+    with av.open(str(out)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+# ------------------------------------------------------------ what comes out
+
+
+def test_the_command_writes_a_playable_video_a_picture_and_a_record(tiny, tmp_path):
+    out = tmp_path / "out.mp4"
+    command = [sys.executable, str(Path(sample.__file__)), *arguments(tiny, out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "LC_ALL": "C.UTF-8"})
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "out.mp4", "out.png"], "leftovers"
+    for word in ("seed    0", "device  cpu", "dtype   float32", "out.mp4", "seconds"):
+        assert word in done.stdout
+    assert "text+face, text, null" in done.stderr, "the progress bar names the streams"
+
+    with av.open(str(out)) as container:
+        stream = container.streams.video[0]
+        assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
+        assert (stream.width, stream.height, stream.frames) == (384, 384, 5), "32 pixels enlarged 12 times"
+        assert float(stream.average_rate) == INFERENCE["frame_rate"]
+    assert out.read_bytes().index(b"moov") < out.read_bytes().index(b"mdat"), "a browser can start before the end"
+    assert Image.open(tmp_path / "out.png").size == (6 * 384 + 5 * 4, 384), "the reference, five frames, thin gaps"
+
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert record["arguments"]["prompt"] == PROMPT and record["arguments"]["placement"] == "tass"
+    assert record["arguments"]["streams"] == {"text+face": 2.0, "text": 1.0, "null": -2.0}
+    assert (record["seed"], record["device"], record["dtype"]) == (0, "cpu", "float32")
+    assert set(record["seconds"]) == {"text", "reference", "denoise", "decode", "write"}
+    assert record["output_size"] == [5, 384, 384] and "torch" in record["versions"]
+    assert 0 < record["reference_psnr_db"] < 60
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_another_video(tiny, tmp_path):
+    first = generate(tiny, tmp_path / "a.mp4", seed="7")
+    generate(tiny, tmp_path / "b.mp4", seed="7")
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert np.abs(first.astype(int) - generate(tiny, tmp_path / "c.mp4", seed="8")).max() > 10
+
+
+def test_every_condition_and_scale_reaches_the_video(tiny, tmp_path):
+    draw_face(skin="black").save(tmp_path / "other.png")
+    plain = generate(tiny, tmp_path / "plain.mp4").astype(int)
+    changes = [{"ref-scale": "6"}, {"text-scale": "6"}, {"prompt": "blue light"}, {"negative-prompt": "red"},
+               {"ref": tmp_path / "other.png"}, {"order": "reference_first"}, {"rescale": "0.7"}]  # fmt: skip
+    for change in changes:
+        found = np.abs(generate(tiny, tmp_path / "out.mp4", **change) - plain).max()
+        assert found > 2, f"{change} changes the video by {found} of 255"
+
+
+def test_sizes_asked_for_are_the_sizes_made(tiny, tmp_path):
+    sizes = {"height": "16", "width": "40", "num-frames": "1", "frame-rate": "23.976", "num-inference-steps": "1"}
+    frames = generate(tiny, tmp_path / "out.mp4", **sizes)
+    assert frames.shape == (1, 16 * 24, 40 * 24, 3)
+
+
+def test_colours_survive_the_video_file(tmp_path):
+    rows = torch.tensor([[0.9, -0.5, -0.5], [0.5, 0.2, -0.1], [-0.4, 0.6, 0.1], [1, 1, 1], [-1, -1, -1]])
+    frames = sample.to_frames(rows[:, :, None, None].expand(5, 3, 64, 64).transpose(0, 1), 1)
+    sample.write_video(tmp_path / "colours.mp4", frames, 8.0)
+    with av.open(str(tmp_path / "colours.mp4")) as container:
+        back = np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
+    found = np.abs(back.astype(int) - frames).max()
+    assert found <= 4, f"{found} of 255"  # 8-bit YUV rounds; another colour matrix would be 15 and more off
+
+
+# ------------------------------------------------------------ placement, LoRA, warnings
+
+
+def test_a_placement_other_than_the_trained_one_is_refused_and_the_trained_one_is_the_default(tiny, tmp_path, capsys):
+    other = write_tiny(tmp_path / "other", metadata={"reference_placement": "overlap"})
+    assert sample.main(arguments(other, tmp_path / "o.mp4", "--dry-run")) == 0
+    assert "placement = 'overlap'" in capsys.readouterr().out
+    assert sample.main(arguments(other, tmp_path / "o.mp4", "--dry-run", placement="tass")) == 2
+    assert "--placement overlap (as trained)" in capsys.readouterr().err
+    bare = write_tiny(tmp_path / "bare", metadata={})
+    assert sample.main(arguments(bare, tmp_path / "o.mp4", "--dry-run", placement="time_only")) == 0
+    assert "warning: neither checkpoint nor LoRA" in capsys.readouterr().out
+
+
+def test_a_lora_changes_the_video_in_proportion_and_brings_its_placement(tiny, tmp_path, capsys):
+    model = VideoTransformer(SIZES)
+    add_lora(model, rank=2, alpha=2)
+    livelier(model)
+    save_lora(tmp_path / "lora.safetensors", model, {"reference_placement": "time_only"})
+    plain = generate(tiny, tmp_path / "a.mp4")
+    lora = str(tmp_path / "lora.safetensors")
+    changed = generate(tiny, tmp_path / "b.mp4", "--lora", lora)
+    assert np.abs(plain.astype(int) - changed).max() > 2
+    assert json.loads((tmp_path / "b.json").read_text())["arguments"]["placement"] == "time_only"
+    off = generate(tiny, tmp_path / "c.mp4", "--lora", lora, "0").astype(int)
+    assert np.abs(off - changed).max() > 2
+    assert sample.main(arguments(tiny, tmp_path / "d.mp4", "--lora", lora, placement="tass")) == 2
+    for wrong in (["--lora", lora, "x"], ["--lora", lora, "nan"], ["--lora", lora, "1", "2"], ["--lora", "gone"],
+                  ["--lora", str(tiny / "face.png")]):  # fmt: skip
+        capsys.readouterr()
+        assert sample.main(arguments(tiny, tmp_path / "d.mp4", *wrong)) == 2
+        assert "lora" in capsys.readouterr().err.lower()
+    assert not (tmp_path / "d.mp4").exists()
+
+
+def test_warnings_are_one_line_each_and_do_not_stop_the_run(tiny, tmp_path, capsys):
+    generate(tiny, tmp_path / "out.mp4", prompt="", height="72")
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 3, warnings
+    text = "\n".join(warnings)
+    assert "the prompt is empty" in text and "72 px puts reference positions beyond the trained 128 px" in text
+    assert "--checkpoint-path ltx-2.3-22b-dev.safetensors" in text and "procedural world" in text
+
+
+def test_a_dry_run_prints_the_settings_and_writes_nothing(tiny, tmp_path, capsys):
+    assert sample.main(arguments(tiny, tmp_path / "out.mp4", "--dry-run")) == 0
+    out = capsys.readouterr().out
+    assert "height = 32" in out and "num_inference_steps = 3" in out and "streams" in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_help_shows_defaults_and_two_real_commands():
+    text = sample.build_parser().format_help()
+    assert text.count("  python sample.py --ref") == 2 and text.count("default: ") >= 18
+    for line in sample.EXAMPLES.split("  python sample.py")[1:]:
+        words = [word for word in line.replace("\\", "").split() if word.startswith("--")]
+        assert all(word in text for word in words)
+
+
+# ------------------------------------------------------------ refusals
+
+
+def bomb(path: Path) -> None:
+    """A PNG header that promises 60000 x 60000 pixels."""
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
+
+
+@pytest.fixture(scope="module")
+def broken(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("broken")
+    draw_face(400).save(folder / "whole.jpg")
+    draw_face(400).save(folder / "whole.png")
+    for name in ("whole.jpg", "whole.png"):
+        data = (folder / name).read_bytes()
+        (folder / name.replace("whole", "cut")).write_bytes(data[: len(data) // 2])
+    (folder / "empty.png").touch()
+    (folder / "words.png").write_text("not a picture")
+    bomb(folder / "bomb.png")
+    (folder / "cut.safetensors").write_bytes((tiny / "model.safetensors").read_bytes()[:1000])
+    (folder / "folder.mp4").mkdir()
+    return folder
+
+
+REFUSALS = {
+    "no such reference": ({"ref": "{broken}/gone.png"}, "no such file"),
+    "reference is a folder": ({"ref": "{broken}"}, "got a folder"),
+    "reference is empty": ({"ref": "{broken}/empty.png"}, "expected a readable picture"),
+    "reference is text": ({"ref": "{broken}/words.png"}, "expected a readable picture"),
+    "reference is cut off (jpg)": ({"ref": "{broken}/cut.jpg"}, "expected a readable picture"),
+    "reference is cut off (png)": ({"ref": "{broken}/cut.png"}, "expected a readable picture"),
+    "reference is a bomb": ({"ref": "{broken}/bomb.png"}, "expected a readable picture"),
+    "no checkpoint": ({"checkpoint-path": "{broken}/gone"}, "got no file at"),
+    "checkpoint cut off": ({"checkpoint-path": "{broken}/cut.safetensors"}, "expected a safetensors file"),
+    "checkpoint is a text model": ({"checkpoint-path": "{tiny}/gemma/model.safetensors"}, "'config'"),
+    "no text model": ({"gemma-root": "{broken}/gone"}, "check --gemma-root"),
+    "height between sizes": ({"height": "33"}, "use 32 or 40"),
+    "width zero": ({"width": "0"}, "use 8"),
+    "width negative": ({"width": "-8"}, "use 8"),
+    "frames between sizes": ({"num-frames": "8"}, "use 5 or 9"),
+    "no frames": ({"num-frames": "0"}, "use 1"),
+    "no steps": ({"num-inference-steps": "0"}, "--num-inference-steps between 1"),
+    "scale not finite": ({"text-scale": "nan"}, "--text-scale between 0"),
+    "scale infinite": ({"ref-scale": "inf"}, "--ref-scale between 0"),
+    "scale negative": ({"ref-scale": "-1"}, "--ref-scale between 0"),
+    "rescale above one": ({"rescale": "1.5"}, "--rescale between 0 and 1"),
+    "frame rate zero": ({"frame-rate": "0"}, "--frame-rate between 1"),
+    "seed negative": ({"seed": "-1"}, "--seed between 0"),
+    "not a number": ({"height": "tall"}, "invalid int value"),
+    "unknown order": ({"order": "face_first"}, "invalid choice"),
+    "unknown flag": ({"hieght": "64"}, "unrecognized arguments"),
+    "no output folder": ({"output-path": "{out}/gone/out.mp4"}, "expected an existing output folder"),
+    "output not writable": ({"output-path": "/proc/out.mp4"}, "expected a writable folder"),
+    "output not mp4": ({"output-path": "{out}/out.avi"}, "expected an output path ending in .mp4"),
+    "output would replace the reference": ({"output-path": "{tiny}/face.mp4"}, "the reference itself"),
+    "output is a folder": ({"output-path": "{broken}/folder.mp4"}, "got a folder"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_a_mistake_is_refused_with_one_line_and_nothing_is_written(name, tiny, broken, tmp_path, capfd):
+    changes, expected = REFUSALS[name]
+    places = {"tiny": tiny, "broken": broken, "out": tmp_path}
+    changes = {key: value.format(**places) for key, value in changes.items()}
+    before = sorted(tiny.rglob("*")), sorted(broken.rglob("*")), (tiny / "face.png").read_bytes()
+    try:
+        status = sample.main(arguments(tiny, tmp_path / "out.mp4", **changes))
+    except SystemExit as stop:  # from the argument parser
+        status = stop.code
+    error = capfd.readouterr().err
+    assert status == 2
+    assert error.count("\n") == 1 and error.startswith("sample.py: error: ") and "; " in error, error
+    assert expected in error, error
+    assert not list(tmp_path.iterdir())
+    assert (sorted(tiny.rglob("*")), sorted(broken.rglob("*")), (tiny / "face.png").read_bytes()) == before
+
+
+def test_a_forgotten_argument_and_a_missing_gpu_are_refused(tiny, tmp_path, capfd):
+    with pytest.raises(SystemExit) as stop:
+        sample.main(["--prompt", "x"])
+    error = capfd.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and "--ref" in error
+    if not torch.cuda.is_available():
+        assert sample.main(arguments(tiny, tmp_path / "out.mp4", device="cuda")) == 2
+        assert "--device cpu" in capfd.readouterr().err
+
+
+def test_a_failure_while_writing_leaves_no_half_files(tiny, tmp_path, monkeypatch, capfd):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(sample, "contact_sheet", full)
+    assert sample.main(arguments(tiny, tmp_path / "out.mp4")) == 2
+    assert "No space left" in capfd.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------ denoise on its own
+
+
+GRID, RATE, SCALES = (2, 3, 2), 8.0, (4, 8)
+L, R, C = 12, 6, SIZES.in_channels
+
+
+@pytest.fixture(scope="module")
+def transformer():
+    torch.manual_seed(1)
+    return livelier(VideoTransformer(SIZES)).eval()
+
+
+def run(transformer, batch: int = 1, seed: int = 3, reference=True, **options):
+    g = torch.Generator().manual_seed(seed)
+    noise, tokens = torch.randn(batch, L, C, generator=g), torch.randn(batch, R, C, generator=g)
+    context, null = (torch.randn(batch, 8, SIZES.dim, generator=g) for _ in range(2))
+    pick = options.pop("pick", slice(None))
+    reference = {True: tokens, None: None}.get(reference, reference) if not torch.is_tensor(reference) else reference
+    reference = reference if reference is None else reference[pick]
+    return sample.denoise(transformer, context[pick], null[pick], reference, GRID, RATE, SCALES,
+                          ltx_sigmas(3, 48), noise[pick], **options)  # fmt: skip
+
+
+def test_without_reference_scale_the_reference_is_ignored_bit_for_bit(transformer):
+    plain = run(transformer, ref_scale=0.0)
+    assert plain.shape == (1, C, *GRID) and plain.dtype == torch.float32
+    assert torch.equal(plain, run(transformer, ref_scale=0.0, reference=torch.full((1, R, C), 9.0)))
+    assert torch.equal(plain, run(transformer, reference=None, ref_scale=5.0, order="two_deltas"))
+    assert (plain - run(transformer, ref_scale=2.0)).abs().max() > 1e-2
+
+
+def test_a_batch_of_two_equals_two_singles(transformer):
+    for order in sample.ORDERS:
+        both = run(transformer, batch=2, order=order)
+        singles = torch.cat([run(transformer, batch=2, order=order, pick=slice(i, i + 1)) for i in range(2)])
+        found = (both - singles).abs().max().item()
+        assert found < 1e-4, f"{order}: {found}"  # other sums of the same numbers, rounded otherwise
+
+
+def test_the_plain_loop_written_out_gives_the_same_video(transformer):
+    """Two routes, one answer: three passes and one Euler step written out by hand."""
+    found = run(transformer, text_scale=3.0, ref_scale=2.0)
+    g = torch.Generator().manual_seed(3)
+    x, tokens = torch.randn(1, L, C, generator=g), torch.randn(1, R, C, generator=g)
+    context, null = (torch.randn(1, 8, SIZES.dim, generator=g) for _ in range(2))
+    grid = torch.cat([video_grid(*GRID), reference_grid(*GRID)])
+    positions = grid_to_positions(grid, RATE, *SCALES)[None]
+    sigmas = ltx_sigmas(3, 48)
+    with torch.no_grad():
+        for s, s_next in zip(sigmas[:-1], sigmas[1:], strict=True):
+            level = torch.full((1, L + R), s.item())
+            level[:, L:] = 0  # the reference is clean at every step
+            full = transformer(torch.cat([x, tokens], 1), level, s[None], positions, context)[:, :L]
+            text, none = (transformer(x, level[:, :L], s[None], positions[:, :, :L], c) for c in (context, null))
+            velocity = none + 3.0 * (text - none) + 2.0 * (full - text)
+            x = x + (s_next - s) * velocity
+    difference = (found - x.transpose(1, 2).reshape(1, C, *GRID)).abs().max().item()
+    assert difference < 1e-4, difference
+
+
+def test_plain_conditional_sampling_costs_one_pass_per_step(transformer):
+    lengths = []
+    handle = transformer.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
+    run(transformer, text_scale=1.0, ref_scale=1.0)
+    run(transformer, text_scale=3.0, ref_scale=2.0)
+    handle.remove()
+    assert lengths == [L + R] * 3 + [L + R, L, L] * 3
+
+
+def test_a_number_that_is_not_finite_stops_the_run_and_names_the_step(transformer):
+    broken = run(transformer, reference=torch.full((1, R, C), 1.0))
+    assert broken.isfinite().all()
+    with pytest.raises(ValueError, match="at step 1 of 3; use --dtype float32"):
+        run(transformer, reference=torch.full((1, R, C), float("nan")))

@@ -160,10 +160,9 @@ def generate(m: Models, captions: list[str], references: Tensor, args: argparse.
                             generator=seeded(args.seed, start))
         with torch.autocast("cpu", torch.bfloat16, enabled=args.dtype == "bfloat16"):
             tokens = encode_reference(m.vae.encode, references[start:start + 16]).float()
-            latent = denoise(m.transformer, m.text.encode(part), null.expand(len(part), -1, -1), tokens, grid,
+            latent = denoise(m.transformer, m.text.encode(part), null, None if name == "no reference" else tokens, grid,
                              d["frame_rate"], (m.vae.time_scale, m.vae.space_scale), sigmas, noise, args.text_scale,
-                             args.ref_scale if name != "no reference" else 0.0, args.order, args.rescale, m.placement,
-                             progress=False)
+                             args.ref_scale, args.order, args.rescale, m.placement)
             out.append(m.vae.decode(latent).float().clamp(-1, 1))
     return torch.cat(out)
 
@@ -209,7 +208,7 @@ def main() -> None:
     with torch.no_grad():
         through = torch.cat([m.vae.decode(m.vae.encode(v)).clamp(-1, 1) for v in data["true"].split(16)])
     clips = {"true video": data["true"], "true video through the VAE": through}
-    shown_person = {name: who for name in clips}
+    shown_person = dict.fromkeys(clips, who)
     for name in args.rows:
         shown_person[name] = (who + 1) % args.people if name == "swapped" else who
         clips[name] = generate(m, data["captions"], data["references"][shown_person[name]], args, name)

@@ -687,7 +687,7 @@ def _demo() -> None:
     with torch.device("meta"):
         full = VideoTransformer(TransformerConfig())
     print(f"\n{'parameters':24s}{'this demo':>14s}{'LTX-2.3':>18s}")
-    for (name, small), (_, large) in zip(model.named_children(), full.named_children()):
+    for (name, small), (_, large) in zip(model.named_children(), full.named_children(), strict=True):
         counts = [sum(p.numel() for p in module.parameters()) for module in (small, large)]
         print(f"  {name:22s}{counts[0]:14,}{counts[1]:18,}")
     totals = [sum(p.numel() for p in module.parameters()) for module in (model, full)]

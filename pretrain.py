@@ -338,7 +338,8 @@ class Latents:
         """index (B,), x0 (B, L, C), ids and mask (B, N), face (B, L), boxes (B, F, 4), person (B, T), setting (B, 3)."""
         index = torch.randint(len(self.latents), (count,), generator=generator).sort().values
         i = index.numpy()
-        return {"index": index, "x0": torch.from_numpy(self.latents[i]).float(), "face": torch.from_numpy(self.faces[i]).float(),
+        return {"index": index, "x0": torch.from_numpy(self.latents[i]).float(),
+                "face": torch.from_numpy(self.faces[i]).float(),
                 "boxes": torch.from_numpy(self.boxes[i]), "ids": self.ids[index], "mask": self.mask[index],
                 "person": self.rows["person"][index], "setting": self.rows["setting"][index]}
 

@@ -210,7 +210,7 @@ def _demo(F: int = 5, H: int = 3, W: int = 4) -> None:
 
     bounds = grid_to_positions(torch.stack([video[-1], reference_grid(F, H, W)[0]]), frame_rate=24)
     names = ("last video token", "first reference token")
-    for name, (time, row, column) in zip(names, bounds.transpose(0, 1).tolist()):
+    for name, (time, row, column) in zip(names, bounds.transpose(0, 1).tolist(), strict=True):
         print(f"{name:22s} time {time[0]:.3f}..{time[1]:.3f} s, rows {row} px, columns {column} px")
     print("Notice: only 'tass' has no X on any axis, so no coordinate tells the model where to paste from.")
 

@@ -63,7 +63,7 @@ STREAM_NAMES = {NULL: "null", TEXT: "text", REF: "face", BOTH: "text+face"}
 LTX23_COMMAND = "--checkpoint-path ltx-2.3-22b-dev.safetensors --gemma-root gemma-3-12b-it-qat-q4_0-unquantized"
 EXAMPLES = f"""
 examples:
-  python sample.py --ref examples/face.png --prompt "a person in a red shirt laughs"
+  python sample.py --ref examples/ada.png --prompt "a person in a red shirt turns left in a park, in daylight"
   python sample.py --ref face.jpg --prompt "A woman of about 60 with grey hair laughs in the rain." \\
       {LTX23_COMMAND} --lora st-drc.safetensors
 """

@@ -2,8 +2,8 @@
 
 ST-DRC, arXiv 2606.02441. One step, top to bottom:
 
-    reference picture -> augment.py (colour, pose, layout) -> frozen VAE -> clean tokens        paper: no extra adapter
-    clip latent       -> noise at sigma                                                         paper: noise on the video only
+    reference picture -> augment.py (colour, pose, layout) -> frozen VAE -> clean tokens       paper: no extra adapter
+    clip latent       -> noise at sigma                                                        paper: noise on video only
     [video tokens | reference tokens], positions from rope.py (TASS)  -> model.py -> velocity of the video tokens
     losses.py: flow matching + face-weighted + identity on the decoded clean estimate
 

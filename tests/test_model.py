@@ -273,7 +273,7 @@ def test_recomputing_blocks_gives_the_same_gradients():
         model(**batch, checkpoint_blocks=checkpoint_blocks).square().mean().backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
     assert all(g.abs().max() > 0 for g in gradients[0]), "every tensor takes part"
-    found = max(difference(a, b) for a, b in zip(*gradients))
+    found = max(difference(a, b) for a, b in zip(*gradients, strict=True))
     assert found < 1e-6, found
 
 
@@ -437,7 +437,7 @@ def test_a_lora_that_does_not_fit_is_refused_by_name_and_changes_nothing(tmp_pat
     model = build()
     with pytest.raises(ValueError, match=message):
         m.load_lora(model, tmp_path / "lora.safetensors")
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), build().parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), build().parameters(), strict=True))
 
 
 def test_lora_targets_that_match_nothing_are_refused():

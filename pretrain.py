@@ -322,10 +322,9 @@ def init_transformer(model: VideoTransformer) -> None:
 
 
 class Latents:
-    """Cached latents with their captions' token ids. On CUDA: rendered and encoded on the spot."""
+    """Cached latents of the rendered clips, and the token ids of their captions (`index` points into them)."""
 
-    def __init__(self, text: TextEncoder, device: str):
-        self.device = device
+    def __init__(self, text: TextEncoder):
         self.latents = np.load(DATA / "train" / "latents.npy", mmap_mode="r")
         self.faces = np.load(DATA / "train" / "faces.npy", mmap_mode="r")
         self.boxes = np.load(DATA / "train" / "boxes.npy", mmap_mode="r")
@@ -335,13 +334,47 @@ class Latents:
         self.ids, self.mask = text.tokenize([*prompts, ""])  # the last one is the null prompt
 
     def batch(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """index (B,), x0 (B, L, C), ids and mask (B, N), face (B, L), boxes (B, F, 4), person (B, T), setting (B, 3)."""
+        """index (B,), x0 (B, L, C), face (B, L), boxes (B, F, 4), person (B, T), setting (B, 3)."""
         index = torch.randint(len(self.latents), (count,), generator=generator).sort().values
         i = index.numpy()
         return {"index": index, "x0": torch.from_numpy(self.latents[i]).float(),
-                "face": torch.from_numpy(self.faces[i]).float(),
-                "boxes": torch.from_numpy(self.boxes[i]), "ids": self.ids[index], "mask": self.mask[index],
+                "face": torch.from_numpy(self.faces[i]).float(), "boxes": torch.from_numpy(self.boxes[i]),
                 "person": self.rows["person"][index], "setting": self.rows["setting"][index]}
+
+
+class FreshLatents:
+    """The same batches without a data set: rendered and encoded on the spot, for a GPU that is faster than a disk."""
+
+    def __init__(self, text: TextEncoder, vae: VideoVAE):
+        self.vae = vae
+        self.ids, self.mask = text.tokenize([*world.all_captions(), ""])
+
+    @torch.no_grad()
+    def batch(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """As `Latents.batch`; every clip shows a person who never comes back."""
+        g, device = generator, generator.device
+        rows = {"person": torch.rand(count, len(world.TRAITS), generator=g, device=device),
+                "setting": world.draw_settings(count, g), "action": world.draw_actions(count, g)}
+        template = torch.randint(len(world.TEMPLATES), (count,), generator=g, device=device)
+        video, boxes, face = render_clips(rows, g)
+        with torch.autocast(device.type, torch.bfloat16):
+            x0 = patchify(self.vae.encode(video)).float()
+        sizes = (len(world.LIGHTS), len(world.SHIRTS), len(world.ACTIONS), len(world.TEMPLATES))
+        index = rows["setting"][:, 0]  # the place of this caption in world.all_captions()
+        for size, digit in zip(sizes, (*rows["setting"].T[1:], rows["action"], template), strict=True):
+            index = index * size + digit
+        return {"index": index, "x0": x0, "face": face, "boxes": boxes, "person": rows["person"],
+                "setting": rows["setting"]}
+
+
+def latent_source(text: TextEncoder, checkpoint: Path, device: str) -> Latents | FreshLatents:
+    """Cached latents on a CPU; on CUDA fresh ones, through the frozen VAE of a checkpoint."""
+    if device == "cpu":
+        if not (DATA / "train" / "latents.npy").exists():
+            raise SystemExit("no latents in data/train: run `python pretrain.py encode` first")
+        return Latents(text)
+    vae = load_weights(VideoVAE(TINY_VAE), checkpoint, "vae.", torch.float32, device)
+    return FreshLatents(text, vae.eval().requires_grad_(False))
 
 
 def draw_noise(x0: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -373,8 +406,8 @@ def base_stage(args: argparse.Namespace, device: str) -> None:
     tokenizer = train_bpe(world.all_captions()[::7], TINY_GEMMA.vocab_size)
     text, model = new_text_encoder(tokenizer), VideoTransformer(TransformerConfig.from_checkpoint(TINY_TRANSFORMER))
     init_transformer(model)
-    data = Latents(text, device)
     both = nn.ModuleDict({"text": text, "transformer": model}).to(device)
+    data = latent_source(text, RUNS / "vae.safetensors", device)
     named = dict(both.named_parameters())
     optimizer = MuonAdamW(*split_parameters(named, KEEP_FROM_MUON), lr_matrix=3e-3, lr_other=1e-3)
     run = Run(RUNS / "base", named, optimizer, Average(named))
@@ -385,8 +418,8 @@ def base_stage(args: argparse.Namespace, device: str) -> None:
         batch = {k: v.to(device) for k, v in data.batch(args.batch, g).items()}
         sigma, noise, noisy = draw_noise(batch["x0"], g)
         drop = torch.rand(args.batch, generator=g, device=device) < 0.1                   # text dropout, for guidance
-        ids = torch.where(drop[:, None], data.ids[-1], batch["ids"])
-        mask = torch.where(drop[:, None], data.mask[-1], batch["mask"])
+        rows = torch.where(drop, len(data.ids) - 1, batch["index"])
+        ids, mask = data.ids[rows], data.mask[rows]
         with torch.autocast(device, torch.bfloat16):
             loss = loss_fn(text, model, batch["x0"], noise, noisy, sigma, positions, ids, mask)
         loss.backward()

@@ -51,7 +51,7 @@ from model import (
     save_lora,
 )
 from optim import Average, MuonAdamW, Run, average_gradients, schedule, seeded, split_parameters
-from pretrain import FRAME_RATE, GRID, KEEP_FROM_MUON, SIZE, TRANSFORMER_PREFIX, Latents, draw_noise
+from pretrain import FRAME_RATE, GRID, KEEP_FROM_MUON, SIZE, TRANSFORMER_PREFIX, draw_noise, latent_source
 from reference import append_reference, drop_reference, encode_reference, unpatchify
 from rope import PLACEMENTS, grid_to_positions, reference_grid, video_grid
 from text import TextEncoder
@@ -105,7 +105,8 @@ def load_models(args: argparse.Namespace, device: str) -> tuple[VideoTransformer
 def cache_contexts(text: TextEncoder, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """The text path is frozen, so each distinct caption is encoded once: contexts (U, N, D) and the row of each clip."""
     rows, inverse = torch.unique(ids, dim=0, return_inverse=True)
-    first = torch.full((len(rows),), len(ids)).scatter_reduce(0, inverse, torch.arange(len(ids)), "amin")
+    first = torch.full((len(rows),), len(ids), device=ids.device)                         # (U,) a clip of each caption
+    first = first.scatter_reduce(0, inverse, torch.arange(len(ids), device=ids.device), "amin")
     blocks = tqdm(first.split(128), desc="captions", disable=int(os.environ.get("RANK", "0")) != 0)
     return torch.cat([text(ids[i], mask[i]).bfloat16() for i in blocks]), inverse
 
@@ -191,7 +192,7 @@ def main() -> None:
         torch.set_flush_denormal(True)
     torch.manual_seed(args.seed)
     model, vae, text, net = load_models(args, device)
-    data = Latents(text, device)
+    data = latent_source(text, args.checkpoint, device)
     contexts, context_row = cache_contexts(text, data.ids, data.mask)
     null_row = context_row[-1]
     named, optimizer = make_optimizer(args, model)

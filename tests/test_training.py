@@ -94,3 +94,15 @@ def test_every_stage_hands_on_what_the_next_one_reads(tmp_path, monkeypatch):
     with optim.safe_open("runs/lora/lora.safetensors", "pt") as f:
         assert f.metadata()["reference_placement"] == "overlap"
         assert "diffusion_model.transformer_blocks.0.attn1.to_q.lora_A.weight" in f.keys()
+
+
+def test_fresh_batches_carry_the_caption_of_what_they_show():
+    text = pretrain.new_text_encoder(pretrain.train_bpe(pretrain.world.all_captions()[::97], 400))
+    data = pretrain.FreshLatents(text, pretrain.VideoVAE(pretrain.TINY_VAE))
+    batch = data.batch(8, seeded(3))
+    captions = pretrain.world.all_captions()
+    for index, (scene, light, shirt) in zip(batch["index"].tolist(), batch["setting"].tolist(), strict=True):
+        for words in (pretrain.world.SCENE_NAMES[scene], pretrain.world.LIGHT_NAMES[light],
+                      pretrain.world.SHIRT_NAMES[shirt]):
+            assert words in captions[index]
+    assert batch["x0"].shape == (8, 192, 128) and batch["face"].shape == (8, 192)

@@ -49,10 +49,10 @@ JUDGED_FRAMES = [0, 2, 4, 6, 8]
 
 
 # ----------------------------------------------------------------------------------------------------------- the test set
-def test_set(people: int, prompts: int, size: int, frames: int) -> dict:
-    """References and prompts of the first `people` test persons; a pure function of the numbers."""
+def test_set(people: int, prompts: int, size: int, frames: int, split: str = "test") -> dict:
+    """References and prompts of the first `people` persons of a split; a pure function of its arguments."""
     g = seeded(2024)
-    person = world.people("test", people)
+    person = world.people(split, people)
     ref_setting = world.draw_settings(people, g)
     references, _ = world.draw_references(person, ref_setting, g, size, share=1.0)
     alike, _ = world.draw_references(world.look_alikes(person, g), world.draw_settings(people, g), g, size)
@@ -173,6 +173,7 @@ def parse_arguments() -> argparse.Namespace:
     p.add_argument("--checkpoint-path", type=Path, default=HERE / "weights" / "tiny" / "model.safetensors")
     p.add_argument("--gemma-root", type=Path, default=HERE / "weights" / "tiny" / "gemma")
     p.add_argument("--judge", type=Path, default=HERE / "weights" / "tiny" / "judge.safetensors")
+    p.add_argument("--split", choices=["test", "val"], default="test", help="choose settings on val, report on test")
     p.add_argument("--people", type=int, default=128)
     p.add_argument("--prompts", type=int, default=2, help="prompts per person")
     p.add_argument("--num-inference-steps", type=int, help="default: the checkpoint's")
@@ -203,7 +204,8 @@ def main() -> None:
     for name in ("text_scale", "ref_scale", "rescale"):
         if getattr(args, name) is None:
             setattr(args, name, m.config["inference"][name])
-    data = test_set(args.people, args.prompts, m.config["inference"]["height"], m.config["inference"]["num_frames"])
+    data = test_set(args.people, args.prompts, m.config["inference"]["height"], m.config["inference"]["num_frames"],
+                    args.split)
     who = data["who"]
     with torch.no_grad():
         through = torch.cat([m.vae.decode(m.vae.encode(v)).clamp(-1, 1) for v in data["true"].split(16)])

@@ -284,7 +284,7 @@ def encode_stage(args: argparse.Namespace, device: str) -> None:
               Average(named))
     vae.load_state_dict({k: v.bfloat16() for k, v in run.average.shadow.items()}, strict=False)
     clips = Clips(device)
-    measure_statistics(vae, clips.batch(1024, seeded(args.seed, 77, device=device))[0])
+    measure_statistics(vae, clips.batch(min(1024, args.clips), seeded(args.seed, 77, device=device))[0])
     tensors = {f"vae.{k}": v.bfloat16() for k, v in vae.state_dict().items()}
     save_checkpoint(RUNS / "vae.safetensors", tensors, {"vae": TINY_VAE}, {})
     if device != "cpu":
@@ -293,7 +293,7 @@ def encode_stage(args: argparse.Namespace, device: str) -> None:
     length = GRID[0] * GRID[1] * GRID[2]
     out = np.lib.format.open_memmap(DATA / "train" / "latents.npy", "w+", np.float16, (len(clips.video), length, 128))
     for start in tqdm(range(0, len(clips.video), 32), desc="encode", unit="block"):
-        video = torch.from_numpy(clips.video[start:start + 32]).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+        video = torch.from_numpy(np.array(clips.video[start:start + 32])).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             out[start:start + 32] = patchify(vae.encode(video)).half().numpy()
     out.flush()

@@ -76,7 +76,7 @@ def test_every_stage_hands_on_what_the_next_one_reads(tmp_path, monkeypatch):
     quick = ["--no-compile", "--batch", "4"]
     call(pretrain, monkeypatch, "render", "--clips", "32")
     call(pretrain, monkeypatch, "vae", "--steps", "2", *quick)
-    call(pretrain, monkeypatch, "encode")
+    call(pretrain, monkeypatch, "encode", "--clips", "32")
     call(pretrain, monkeypatch, "base", "--steps", "2", *quick)
     call(pretrain, monkeypatch, "face", "--steps", "2", *quick)
     call(pretrain, monkeypatch, "judge", "--steps", "2", *quick)

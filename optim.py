@@ -18,6 +18,7 @@ import json
 import os
 import random
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -195,6 +196,17 @@ class Run:
             tensors = {f"model.{k}": p for k, p in self.model.items()}
             tensors |= {f"average.{k}": v for k, v in self.average.shadow.items()} | self.optimizer.state()
             save_state(self.folder / "state.safetensors", tensors, {"step": self.done, "seconds": self.seconds})
+
+    @contextmanager
+    def averaged(self):
+        """Inside, the model holds its averaged weights: for looking at it and for saving the result."""
+        now = {k: p.detach().clone() for k, p in self.model.items()}
+        with torch.no_grad():
+            for k, v in self.average.shadow.items():
+                self.model[k].copy_(v)
+            yield
+            for k, v in now.items():
+                self.model[k].copy_(v)
 
     def log(self, **values: float) -> None:
         if self.rank == 0:

@@ -35,13 +35,7 @@ from tqdm import tqdm
 import world
 from face import FaceNet, square
 from losses import crop_faces, flow_matching_loss, pool_face_mask
-from model import (
-    TransformerConfig,
-    VideoTransformer,
-    load_weights,
-    save_checkpoint,
-    training_sigmas,
-)
+from model import TransformerConfig, VideoTransformer, load_weights, ltx_sigmas, save_checkpoint, training_sigmas
 from optim import (
     Average,
     MuonAdamW,
@@ -52,8 +46,9 @@ from optim import (
     split_parameters,
     write_beside,
 )
-from reference import patchify
+from reference import encode_reference, patchify
 from rope import grid_to_positions, video_grid
+from sample import denoise
 from text import (
     CONNECTOR_PREFIX,
     EXTRACTOR_PREFIX,
@@ -218,14 +213,11 @@ def save_sheet(path: Path, rows: list[Tensor], scale: int = 2) -> None:
 
 
 @torch.no_grad()
-def check_vae(vae: VideoVAE, weights: dict[str, Tensor], run: Run, device: str) -> float:
+def check_vae(vae: VideoVAE, run: Run, device: str) -> float:
     """PSNR on unseen people with the averaged weights, and a sheet: input above, reconstruction below."""
-    now = {k: p.detach().clone() for k, p in vae.named_parameters()}
-    vae.load_state_dict(weights, strict=False)
     video = validation_clips(32)[0].to(device)
-    with torch.autocast(device, torch.bfloat16):
+    with run.averaged(), torch.autocast(device, torch.bfloat16):
         out = vae.decoder(vae.encoder(video)).float()
-    vae.load_state_dict(now, strict=False)
     value = psnr(out, video).mean().item()
     rows = [x[i, :, ::2].transpose(0, 1) for i in range(6) for x in (video, out)]
     save_sheet(run.folder / "sheet.png", rows)
@@ -259,10 +251,10 @@ def vae_stage(args: argparse.Namespace, device: str) -> None:
         run.losses = {"loss": 0.98 * run.losses.get("loss", loss.item()) + 0.02 * loss.item(),
                       "train_psnr": 0.98 * run.losses.get("train_psnr", dB.item()) + 0.02 * dB.item()}
         if run.rank == 0 and run.seconds > next_check:
-            check_vae(vae, run.average.shadow, run, device)
+            check_vae(vae, run, device)
             next_check = run.seconds + 180
     if run.rank == 0:
-        print(f"validation PSNR {check_vae(vae, run.average.shadow, run, device):.2f} dB after {run.done} steps")
+        print(f"validation PSNR {check_vae(vae, run, device):.2f} dB after {run.done} steps")
 
 
 # --------------------------------------------------------------------------------------------------------- stage: encode
@@ -377,6 +369,29 @@ def latent_source(text: TextEncoder, checkpoint: Path, device: str) -> Latents |
     return FreshLatents(text, vae.eval().requires_grad_(False))
 
 
+@torch.no_grad()
+def check_samples(run: Run, model: VideoTransformer, text: TextEncoder, vae: VideoVAE, device: str,
+                  placement: str | None = None) -> None:
+    """Contact sheet of eight fixed validation prompts and noises, averaged weights: runs/.../sheet.png.
+
+    placement None: text only. Otherwise each row opens with its reference picture.
+    """
+    n, g, d = 8, seeded(12), TINY_INFERENCE
+    rows = clip_rows("val", 0, n)
+    pictures, _ = world.draw_references(rows["person"], world.draw_settings(n, g), g, SIZE)
+    prompts = [world.caption(s, int(a)) for s, a in zip(rows["setting"], rows["action"], strict=True)]
+    noise = torch.randn(n, GRID[0] * GRID[1] * GRID[2], vae.latent_channels, generator=g).to(device)
+    with run.averaged(), torch.autocast(device, torch.bfloat16):
+        tokens = None if placement is None else encode_reference(vae.encode, pictures.to(device)).float()
+        latent = denoise(model, text.encode(prompts), text.encode([""]), tokens, GRID, FRAME_RATE,
+                         (vae.time_scale, vae.space_scale), ltx_sigmas(d["steps"], d["schedule_tokens"]), noise,
+                         d["text_scale"], d["ref_scale"], placement=placement or "tass")
+        video = vae.decode(latent).float().cpu()
+    opening = [[] if placement is None else [pictures[i]] for i in range(n)]
+    save_sheet(run.folder / "sheet.png", [[*first, *v[:, ::2].transpose(0, 1)] for first, v in
+                                          zip(opening, video, strict=True)])
+
+
 def draw_noise(x0: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """LTX-2.3, spec h: noise level per sample (B,), noise (B, L, C) and the noisy latent (1 - s) x0 + s noise."""
     B, L, _ = x0.shape
@@ -413,6 +428,8 @@ def base_stage(args: argparse.Namespace, device: str) -> None:
     run = Run(RUNS / "base", named, optimizer, Average(named))
     positions = grid_to_positions(video_grid(*GRID), FRAME_RATE, 4, 8).expand(args.batch, -1, -1, -1).to(device)
     loss_fn = torch.compile(base_loss) if args.compile else base_loss
+    vae = load_weights(VideoVAE(TINY_VAE), RUNS / "vae.safetensors", "vae.", torch.float32, device)
+    next_check = run.seconds + 300
     for step in run.steps(args.steps, args.minutes, args.batch, "base"):
         g = seeded(args.seed, step, run.rank, device=device)
         batch = {k: v.to(device) for k, v in data.batch(args.batch, g).items()}
@@ -429,6 +446,9 @@ def base_stage(args: argparse.Namespace, device: str) -> None:
         both.zero_grad(set_to_none=True)
         run.average.update(named, step)
         run.losses = {"loss": 0.98 * run.losses.get("loss", loss.item()) + 0.02 * loss.item()}
+        if run.rank == 0 and (run.seconds > next_check or step + 1 == args.steps):
+            check_samples(run, model, text, vae, device)
+            next_check = run.seconds + 300
     if run.rank == 0:
         write_base(run.average.shadow, text, tokenizer)
 

@@ -51,7 +51,7 @@ from model import (
     save_lora,
 )
 from optim import Average, MuonAdamW, Run, average_gradients, schedule, seeded, split_parameters
-from pretrain import FRAME_RATE, GRID, KEEP_FROM_MUON, SIZE, TRANSFORMER_PREFIX, draw_noise, latent_source
+from pretrain import FRAME_RATE, GRID, KEEP_FROM_MUON, SIZE, TRANSFORMER_PREFIX, check_samples, draw_noise, latent_source
 from reference import append_reference, drop_reference, encode_reference, unpatchify
 from rope import PLACEMENTS, grid_to_positions, reference_grid, video_grid
 from text import TextEncoder
@@ -164,24 +164,16 @@ def make_optimizer(args: argparse.Namespace, model: VideoTransformer) -> tuple[d
 
 def save_result(args: argparse.Namespace, run: Run, model: VideoTransformer) -> Path:
     """Averaged weights -> a LoRA file, or a whole checkpoint that sample.py loads as it is."""
-    named, now = run.model, {k: p.detach().clone() for k, p in run.model.items()}
-    with torch.no_grad():
-        for k, p in named.items():
-            p.copy_(run.average.shadow[k])
     metadata = {"reference_placement": args.placement, "training_steps": str(run.done)}
-    if args.full:
-        path = args.out / "model.safetensors"
+    with run.averaged():
+        if not args.full:
+            save_lora(args.out / "lora.safetensors", model, metadata, dtype=torch.bfloat16)
+            return args.out / "lora.safetensors"
         with safe_open(args.checkpoint, "pt") as f:
             tensors = {k: f.get_tensor(k) for k in f.keys()}
         tensors |= {TRANSFORMER_PREFIX + k: p.detach().cpu().bfloat16() for k, p in model.named_parameters()}
-        save_checkpoint(path, tensors, read_metadata(args.checkpoint)["config"], metadata)
-    else:
-        path = args.out / "lora.safetensors"
-        save_lora(path, model, metadata, dtype=torch.bfloat16)
-    with torch.no_grad():
-        for k, p in named.items():
-            p.copy_(now[k])
-    return path
+        save_checkpoint(args.out / "model.safetensors", tensors, read_metadata(args.checkpoint)["config"], metadata)
+        return args.out / "model.safetensors"
 
 
 def main() -> None:
@@ -203,6 +195,7 @@ def main() -> None:
                                       vae.space_scale).to(device)
     forward = torch.compile(velocity) if args.compile else velocity
 
+    next_check = run.seconds + 300
     for step in run.steps(args.steps, args.minutes, args.batch, "st-drc"):
         g = seeded(args.seed, step, run.rank, device=device)
         batch = {k: v.to(device) for k, v in data.batch(args.batch, g).items()}
@@ -235,6 +228,9 @@ def main() -> None:
         run.average.update(named, step)
         now = {"fm": fm.item(), "face": face.item(), "id": identity.item()}
         run.losses = {k: 0.98 * run.losses.get(k, v) + 0.02 * v for k, v in now.items()}
+        if run.rank == 0 and (run.seconds > next_check or step + 1 == args.steps):
+            check_samples(run, model, text, vae, device, args.placement)
+            next_check = run.seconds + 300
     if run.rank == 0:
         print(f"wrote {save_result(args, run, model)} after {run.done} steps, {run.seconds / 60:.0f} min")
 

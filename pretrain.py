@@ -592,7 +592,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("stage", choices=["render", "vae", "encode", "base", "face", "judge", "export"])
-    parser.add_argument("--steps", type=int, help="default: vae 3800, base 1000, face 600, judge 450: what the bundled weights had")
+    parser.add_argument("--steps", type=int, help="default: vae 3800, base 1000, face 600, judge 450")
     parser.add_argument("--batch", type=int, help="per worker; default: vae and base 8, face and judge 64")
     parser.add_argument("--minutes", type=float, default=1e9, help="stop (and save) after this time; run again to go on")
     parser.add_argument("--clips", type=int, default=CLIPS)

@@ -62,7 +62,8 @@ def parse_arguments() -> argparse.Namespace:
     """Every default in one place, each with its source."""
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--checkpoint-path", dest="checkpoint", type=Path, default=Path("runs/base.safetensors"), help="text-to-video base")
+    p.add_argument("--checkpoint-path", dest="checkpoint", type=Path, default=Path("runs/base.safetensors"),
+                   help="text-to-video base")
     p.add_argument("--gemma-root", type=Path, default=Path("runs/gemma"))
     p.add_argument("--face", type=Path, default=Path("runs/face.safetensors"), help="recogniser of the identity loss")
     p.add_argument("--out", type=Path, default=Path("runs/st-drc"))

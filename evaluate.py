@@ -1,7 +1,7 @@
 """Whether it works: identity, prompt and copying, scored on people that no training saw.
 
-For every test person: one reference picture in a random setting, and clips of that person for prompts that ask for
-*another* random setting. Scores, each printed beside the same score of true clips (the renderer's own video of that
+For every test person: one reference picture in a random setting, and clips of that person for prompts whose setting is
+drawn anew. Scores, each printed beside the same score of true clips (the renderer's own video of that
 person doing that) and of true clips sent through the VAE (what a perfect transformer could reach):
 
 * `similarity`   mean cosine between the reference and five frames of the clip, by the judge network

@@ -77,7 +77,7 @@ def guide(
     """Run the streams that carry weight, one by one, and add them up.
 
     paper: reference classifier-free guidance with three streams. our reading: the sums of `stream_weights`; s_T = 3 is
-    LTX-2.3's own text guidance, s_R = 2 the low end of what public nodes suggest (3 and 3 together over-contrasts).
+    LTX-2.3's own text guidance, s_R = 2 the low end of what public nodes suggest.
 
     predict(text, ref) returns the velocity or the clean estimate of the video tokens (B, L, C), in float32: the sum
     magnifies differences between streams, and bfloat16 has only three digits to take them from (LTX-2.3: guidance is

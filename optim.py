@@ -2,10 +2,11 @@
 
 The idea of Muon. AdamW scales every number of a gradient by itself. For a hidden *matrix* that wastes steps: a few large
 singular directions take the whole update. Muon replaces the (momentum-averaged) gradient by the nearest orthogonal
-matrix, so that every direction moves equally far. On this repository's tiny networks it reaches AdamW's loss in about
-half the time. It only makes sense for matrices between hidden layers; embeddings, biases, first and last layers stay
-with AdamW. (Keller Jordan, "Muon: an optimizer for hidden layers", 2024. Not part of ST-DRC, whose optimiser is unknown;
-our reading: LoRA training uses plain AdamW as LTX-2.3's own trainer does.)
+matrix, so that every direction moves equally far. It only makes sense for matrices between hidden layers; embeddings,
+biases, first and last layers stay with AdamW. (Keller Jordan, "Muon: an optimizer for hidden layers", 2024.)
+
+our reading: the paper's optimiser is unknown. A LoRA trains with AdamW as in LTX-2.3's own trainer, but with beta2 0.99,
+a warm-up, and a decay to zero over the second half; Muon is for `--full` and for the tiny base.
 
 State files are safetensors, never pickle: loading one cannot execute anything.
 

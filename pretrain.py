@@ -7,12 +7,12 @@ model of the same architecture, in the same file format, for the paper's recipe 
     python pretrain.py vae         the causal video VAE
     python pretrain.py encode      clips -> cached latents
     python pretrain.py base        text-to-video without any reference: Gemma-style encoder, connector, transformer
-    python pretrain.py face        the recogniser that supervises identity (world people of the split "train")
-    python pretrain.py judge       a second recogniser, other people, other width, other seed: it only ever evaluates
+    python pretrain.py face        the recogniser that supervises identity (random people, new ones in every step)
+    python pretrain.py judge       a second one, other random people, width and seed: it only ever evaluates
     python pretrain.py export      everything -> weights/tiny
 
 Every stage resumes: run the same command again, on CPU or CUDA. `--minutes` bounds one command, the state in runs/
-carries on. `torchrun --nproc_per_node=2 pretrain.py vae` uses two worker processes (on CPU faster than two threads).
+carries on. `torchrun --nproc_per_node=2 pretrain.py vae` uses two worker processes.
 
 Read next: train.py, where the paper begins.
 """
@@ -65,13 +65,13 @@ from text import (
 from vae import VideoVAE, psnr
 
 DATA, RUNS, WEIGHTS = Path("data"), Path("runs"), Path("weights/tiny")
-FRAMES, SIZE, FRAME_RATE = 9, 64, 8.0  # 64 pixels: at 48 the eyes are 1-2 pixels; at 96 everything costs 2.3 times more
+FRAMES, SIZE, FRAME_RATE = 9, 64, 8.0  # at 48 pixels the eyes would be 1-2 pixels wide
 CLIPS = 24_576                         # every one shows another person
 
 # The tiny model: LTX-2.3's own config keys with small numbers. Same code, other numbers.
 TINY_VAE = {
     "_class_name": "CausalVideoAutoencoder", "dims": 3, "in_channels": 3, "out_channels": 3,
-    "latent_channels": 128,  # as LTX: the best linear code gains 3 dB over 64 channels and the transformer hardly notices
+    "latent_channels": 128,  # as LTX-2.3
     "patch_size": 4, "norm_layer": "pixel_norm", "latent_log_var": "uniform", "use_quant_conv": False,
     "causal_decoder": False, "timestep_conditioning": False, "normalize_latent_channels": False, "scaling_factor": 1.0,
     "encoder_base_channels": 32, "decoder_base_channels": 32, "spatial_padding_mode": "zeros",
@@ -183,7 +183,7 @@ def vae_loss(vae: VideoVAE, video: Tensor, mask: Tensor, noise: Tensor) -> tuple
     """Reconstruction loss; faces count three times. The log of each clip's error is the (negative) PSNR itself.
 
     A little noise on the latent, in units of each channel's deviation, teaches the decoder to forgive the transformer
-    its small mistakes; measured, it costs the reconstruction almost nothing.
+    its small mistakes.
     """
     z = vae.encoder(video)                                                                # (B, C, F', H, W)
     z = z + 0.1 * z.detach().float().std(dim=(0, 2, 3, 4), keepdim=True) * noise
@@ -228,7 +228,7 @@ def check_vae(vae: VideoVAE, run: Run, device: str) -> float:
 
 
 def vae_stage(args: argparse.Namespace, device: str) -> None:
-    """Train the VAE. Every clip shows a new person, so there is nothing to memorise and no need for a test loss."""
+    """Train the VAE. Each rendered clip comes back two or three times; the PSNR that counts is on unseen people."""
     torch.manual_seed(args.seed)
     vae = VideoVAE(TINY_VAE).to(device)
     init_vae(vae)

@@ -36,7 +36,8 @@ from tqdm import tqdm
 
 import world
 from face import FaceNet, load_facenet
-from model import TransformerConfig, VideoTransformer, load_weights, ltx_sigmas, read_metadata
+from checkpoint import load_weights, read_metadata
+from model import TransformerConfig, VideoTransformer, ltx_sigmas
 from optim import seeded, write_beside
 from pretrain import TRANSFORMER_PREFIX, save_sheet
 from reference import encode_reference

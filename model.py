@@ -1,4 +1,4 @@
-"""LTX-2.3's video transformer, its noise schedule and guidance, LoRA, and the checkpoint file.
+"""LTX-2.3's video transformer, its noise schedule and its guidance.
 
 The base model that ST-DRC (arXiv 2606.02441) builds on. A latent video is a sequence of tokens; the transformer
 looks at noisy tokens, each with its own noise level and its own coordinate, and predicts the velocity from data to
@@ -7,8 +7,6 @@ whose coordinate comes from rope.py. That is the paper's point of "no extra adap
 accept one noise level *per token*; a model with one level per sample would treat the clean picture as noise.
 
 Source: LTX-2.3 throughout; the module tree has the very names of the published file, so weights load by name.
-  our reading: LoRA targets, rank and alpha (the paper shows that the transformer is trained, not how); they are those
-  of LTX's published in-context LoRA recipe.
 
 A block, x (B, S, D), modulated by nine rows (shift, scale, gate for each of three parts) made from the noise level:
   x += gate * self-attention(rms(x) * (1 + scale) + shift)     rotary positions, all tokens see all tokens
@@ -17,117 +15,32 @@ A block, x (B, S, D), modulated by nine rows (shift, scale, gate for each of thr
 
 Conventions
   Noise: sigma 1 is noise, 0 is data; x_s = (1-s)*x0 + s*noise; v = noise - x0; x0 = x_s - s*v. Sigmas are 0..1 here;
-  the factor 1000 is applied inside. Off-values: cfg 1, stg 0, rescale 0, LoRA strength 0.
+  the factor 1000 is applied inside. Off-values: cfg 1, stg 0, rescale 0.
   Attention masks are in [0, 1], 1 = sees, 0 = does not; fractions become a log bias. float32 and bf16, not float16.
 Traps: q and k are normalised over the full width before heads are split; the gate of an attention comes from its query
   side; adaLN rows 3-5 belong to the feed-forward and 6-8 to the text attention although the latter runs first; the last
   norm subtracts the mean, the others do not.
 
 Usage:
-    config = TransformerConfig.from_checkpoint(read_metadata(path)["config"]["transformer"])
+    config = TransformerConfig.from_checkpoint(read_metadata(path)["config"]["transformer"])     # checkpoint.py
     with torch.device("meta"):
         model = VideoTransformer(config)
-    load_weights(model, path, "model.diffusion_model.", dtype=torch.bfloat16)
+    load_weights(model, path, "model.diffusion_model.", dtype=torch.bfloat16)                    # checkpoint.py
+    velocity = model(latent, timesteps, sigma, positions, context)                               # (B, S, C)
 
 Read next: vae.py
 """
 
-import json
 import math
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rope import apply_rotary, grid_to_positions, rotary_tables, video_grid
-
-# ---------------------------------------------------------------- the checkpoint file
-
-
-def _open(path: str | os.PathLike, device: str = "cpu"):
-    if not Path(path).is_file():
-        raise ValueError(f"expected a safetensors file, got no file at {path}; check the path")
-    try:
-        return safe_open(path, framework="pt", device=device)
-    except SafetensorError as error:
-        raise ValueError(f"expected a safetensors file, got {path} ({error}); check the download") from error
-
-
-def read_metadata(path: str | os.PathLike) -> dict:
-    """Header of a checkpoint: "config" parsed from JSON, every other entry the string it is.
-
-    LTX-2.3: config has the parts "transformer", "vae", "scheduler"; "model_version" is a plain string.
-    Raises ValueError when the file is not a safetensors file or has no config.
-    """
-    with _open(path) as file:
-        metadata = dict(file.metadata() or {})
-    if "config" not in metadata:
-        raise ValueError(f"expected a 'config' entry in the header of {path}, got {sorted(metadata)}; use a checkpoint")
-    try:
-        metadata["config"] = json.loads(metadata["config"])
-    except json.JSONDecodeError as error:
-        raise ValueError(f"expected JSON in 'config' of {path}, got {error}; the file is damaged") from error
-    return metadata
-
-
-def load_weights(
-    module: nn.Module,
-    path: str | os.PathLike,
-    prefix: str,
-    dtype: torch.dtype | None = None,
-    device: str | torch.device = "cpu",
-) -> nn.Module:
-    """Fill `module` (usually built on the meta device) from a checkpoint; returns the module.
-
-    Reads exactly the names prefix + <name in the module>, one tensor at a time; everything else in the file (audio
-    branch, vocoder) is never touched. dtype None keeps the stored dtype.
-    Raises ValueError naming the tensor when one is missing or has another shape.
-    """
-    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    with _open(path, str(device)) as file:
-        stored = set(file.keys())
-        missing = [prefix + name for name in wanted if prefix + name not in stored]
-        if missing:
-            raise ValueError(f"expected tensor {missing[0]} in {path}, got {len(missing)} missing; check the version")
-        state = {}
-        for name, shape in wanted.items():
-            found = tuple(file.get_slice(prefix + name).get_shape())
-            if found != shape:
-                raise ValueError(f"expected {prefix + name} of shape {shape}, got {found}; check the config")
-            tensor = file.get_tensor(prefix + name)
-            state[name] = tensor.to(dtype) if dtype is not None else tensor
-    module.load_state_dict(state, strict=True, assign=True)
-    return module
-
-
-def save_checkpoint(
-    path: str | os.PathLike, tensors: dict[str, Tensor], config: dict, metadata: dict[str, str] | None = None
-) -> None:
-    """Write one file of the form LTX-2.3 uses: named tensors, the config as JSON in the header.
-
-    The file is written beside its place and moved there at the end, so an interrupted run leaves no half file.
-    Extra metadata must be strings. Raises ValueError otherwise.
-    """
-    _write(path, tensors, {"config": json.dumps(config), "model_version": "2.3.0", **(metadata or {})})
-
-
-def _write(path: str | os.PathLike, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    wrong = [key for key, value in metadata.items() if not isinstance(value, str)]
-    if wrong:
-        raise ValueError(f"expected metadata strings, got another type for {wrong[0]!r}; convert it with str()")
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".partial")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, beside, metadata=metadata)
-    os.replace(beside, path)
-
 
 # ---------------------------------------------------------------- configuration
 
@@ -537,134 +450,6 @@ def ltx_guidance(
     return guided
 
 
-# ---------------------------------------------------------------- LoRA
-
-# LTX-2.3: the modules of the published in-context LoRA recipe.
-LORA_TARGETS = tuple(f"{attn}.{name}" for attn in ("attn1", "attn2") for name in ("to_q", "to_k", "to_v", "to_out.0"))
-LORA_TARGETS += ("ff.net.0.proj", "ff.net.2")
-LORA_PREFIX = "diffusion_model."
-
-
-class LoRALinear(nn.Module):
-    """A frozen linear plus a trainable low-rank correction: base(x) + alpha/rank * B(A(x)). B starts at zero.
-
-    The correction is kept in float32 whatever the base has. Raises ValueError on a rank below 1.
-    """
-
-    def __init__(self, base: nn.Linear, rank: int, alpha: float):
-        super().__init__()
-        if rank < 1:
-            raise ValueError(f"expected a rank of at least 1, got {rank}; 32 is usual")
-        device = base.weight.device
-        self.base = base
-        self.scale = alpha / rank
-        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.base(x)
-        low = F.linear(x.to(self.lora_A.dtype), self.lora_A)  # (B, N, rank)
-        return out + (F.linear(low, self.lora_B) * self.scale).to(out.dtype)
-
-
-def add_lora(
-    model: nn.Module, rank: int = 32, alpha: float = 32, targets: Iterable[str] = LORA_TARGETS
-) -> list[nn.Parameter]:
-    """Freeze the model, wrap every linear whose name ends in a target, return the new parameters to train.
-
-    our reading: rank, alpha and targets of LTX's in-context LoRA recipe. The wrapped linear's own weight moves to
-    "<name>.base.weight". Raises ValueError when a target matches nothing or is already wrapped.
-    """
-    if _lora_modules(model):
-        raise ValueError("expected a model without LoRA, got one that has it; load a fresh model")
-    targets = tuple(targets)
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    model.requires_grad_(False)
-    trained, used = [], set()
-    for name, linear in linears.items():
-        hits = [target for target in targets if name == target or name.endswith("." + target)]
-        if hits:
-            used.update(hits)
-            wrapped = LoRALinear(linear, rank, alpha)
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, wrapped)
-            trained += [wrapped.lora_A, wrapped.lora_B]
-    unused = [target for target in targets if target not in used]
-    if unused:
-        raise ValueError(f"expected linears named like {unused[0]!r}, got none in the model; correct the targets")
-    return trained
-
-
-def _lora_modules(model: nn.Module) -> dict[str, LoRALinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
-
-
-def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The LoRA under the names LTX-2.3 tools expect; raises ValueError when the model has none.
-
-    LTX-2.3: loaders add B @ A and know no alpha, so alpha/rank is folded into B here.
-    """
-    modules = _lora_modules(model)
-    if not modules:
-        raise ValueError("expected a model with LoRA, got one without; call add_lora first")
-    state = {}
-    for name, module in modules.items():
-        state[f"{LORA_PREFIX}{name}.lora_A.weight"] = module.lora_A.detach().clone()  # (rank, in)
-        state[f"{LORA_PREFIX}{name}.lora_B.weight"] = module.lora_B.detach() * module.scale  # (out, rank)
-    return state
-
-
-def save_lora(
-    path: str | os.PathLike,
-    model: nn.Module,
-    metadata: dict[str, str] | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> None:
-    """Write the LoRA alone as a safetensors file; metadata (strings) say how it was trained.
-
-    LTX-2.3: the official trainer writes bf16; float32 loses nothing. Raises ValueError when the model has no LoRA.
-    """
-    _write(path, {key: tensor.to(dtype) for key, tensor in lora_state_dict(model).items()}, metadata or {})
-
-
-@torch.no_grad()
-def load_lora(model: nn.Module, path: str | os.PathLike, strength: float = 1.0) -> dict[str, str]:
-    """Add strength * B @ A of a LoRA file into the weights of `model`, for good; returns the file's metadata.
-
-    Off: strength 0. Everything is checked before the first weight changes. Raises ValueError naming the key when one is
-    unknown, lacks its partner, or does not fit the model.
-    """
-    with _open(path) as file:
-        metadata = dict(file.metadata() or {})
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, a handle and not a dict
-    modules = dict(model.named_modules())
-    updates = []
-    for key in sorted(tensors):
-        stem, _, part = key.removesuffix(".weight").rpartition(".")
-        module = modules.get(stem.removeprefix(LORA_PREFIX))
-        module = module.base if isinstance(module, LoRALinear) else module
-        known = key.startswith(LORA_PREFIX) and key.endswith(".weight") and part in ("lora_A", "lora_B")
-        if not known or not isinstance(module, nn.Linear):
-            raise ValueError(f"expected LoRA keys of linears in this model, got {key!r}; use a LoRA made for LTX-2.3")
-        partner = f"{stem}.{'lora_B' if part == 'lora_A' else 'lora_A'}.weight"
-        if partner not in tensors:
-            raise ValueError(f"expected {partner!r} beside {key!r}, got no such tensor; the file is incomplete")
-        if part == "lora_A":
-            A, B = tensors[key], tensors[partner]
-            if (B.shape[0], A.shape[1]) != tuple(module.weight.shape) or B.shape[1] != A.shape[0]:
-                shapes = f"{tuple(B.shape)} and {tuple(A.shape)}"
-                raise ValueError(f"expected {key!r} for weight {tuple(module.weight.shape)}, got {shapes}; check sizes")
-            updates.append((module.weight, A, B))
-    if not updates:
-        raise ValueError(f"expected LoRA tensors in {path}, got none; use another file")
-    if strength != 0:
-        for weight, A, B in updates:
-            change = B.to(weight.device, torch.float32) @ A.to(weight.device, torch.float32)
-            weight.copy_(weight.to(torch.float32) + strength * change)
-    return metadata
-
-
 # ---------------------------------------------------------------- demo
 
 
@@ -692,8 +477,6 @@ def _demo() -> None:
         print(f"  {name:22s}{counts[0]:14,}{counts[1]:18,}")
     totals = [sum(p.numel() for p in module.parameters()) for module in (model, full)]
     print(f"  {'all':22s}{totals[0]:14,}{totals[1]:18,}")
-    lora = sum(parameter.numel() for parameter in add_lora(full))
-    print(f"  {'LoRA of rank 32':22s}{'':14s}{lora:18,}")
 
     print("\nNoise levels of a run of 30 steps (1 = noise, 0 = data)")
     for row in ltx_sigmas(30).split(8):

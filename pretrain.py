@@ -34,9 +34,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import world
+from checkpoint import load_weights, save_checkpoint
 from face import FaceNet, square
 from losses import crop_faces, flow_matching_loss, pool_face_mask
-from model import TransformerConfig, VideoTransformer, load_weights, ltx_sigmas, save_checkpoint, training_sigmas
+from model import TransformerConfig, VideoTransformer, ltx_sigmas, training_sigmas
 from optim import (
     Average,
     MuonAdamW,

@@ -47,9 +47,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from checkpoint import load_weights, read_metadata
 from guidance import BOTH, NULL, ORDERS, REF, TEXT, guide, stream_weights
+from lora import load_lora
 from losses import clean_estimate
-from model import TransformerConfig, VideoTransformer, euler_step, load_lora, load_weights, ltx_sigmas, read_metadata
+from model import TransformerConfig, VideoTransformer, euler_step, ltx_sigmas
 from reference import append_reference, drop_reference, encode_reference, letterbox, unpatchify
 from rope import PLACEMENTS, grid_to_positions, reference_grid, video_grid
 from text import TextEncoder

@@ -44,7 +44,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from model import Attention, FeedForward, load_weights, read_metadata
+from checkpoint import load_weights, read_metadata
+from model import Attention, FeedForward
 from rope import rotary_tables
 
 SPACE = "\u2581"  # Gemma writes a space as this character (a low block), so that a space can be part of a piece

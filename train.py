@@ -31,7 +31,9 @@ from tqdm import tqdm
 
 import world
 from augment import AugmentStrength, augment_reference
+from checkpoint import load_weights, read_metadata, save_checkpoint
 from face import FaceNet, load_facenet, square
+from lora import add_lora, save_lora
 from losses import (
     IDENTITY_MAX_SIGMA,
     clean_estimate,
@@ -41,15 +43,7 @@ from losses import (
     identity_loss,
     total_loss,
 )
-from model import (
-    TransformerConfig,
-    VideoTransformer,
-    add_lora,
-    load_weights,
-    read_metadata,
-    save_checkpoint,
-    save_lora,
-)
+from model import TransformerConfig, VideoTransformer
 from optim import Average, MuonAdamW, Run, average_gradients, schedule, seeded, split_parameters
 from pretrain import FRAME_RATE, GRID, KEEP_FROM_MUON, SIZE, TRANSFORMER_PREFIX, check_samples, draw_noise, latent_source
 from reference import append_reference, drop_reference, encode_reference, unpatchify

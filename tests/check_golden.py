@@ -36,18 +36,9 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import text as text_module
+from checkpoint import load_weights, read_metadata
 from losses import clean_estimate
-from model import (
-    TransformerConfig,
-    VideoTransformer,
-    blend_clean,
-    euler_step,
-    load_weights,
-    ltx_guidance,
-    ltx_sigmas,
-    read_metadata,
-    training_sigmas,
-)
+from model import TransformerConfig, VideoTransformer, blend_clean, euler_step, ltx_guidance, ltx_sigmas, training_sigmas
 from rope import apply_rotary, rotary_frequencies, rotary_tables
 from vae import VideoVAE, patch_pixels, unpatch_pixels
 

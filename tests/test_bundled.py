@@ -14,8 +14,9 @@ from PIL import Image
 
 import sample
 import world
+from checkpoint import read_metadata
 from face import load_facenet
-from model import TransformerConfig, VideoTransformer, read_metadata
+from model import TransformerConfig, VideoTransformer
 from optim import seeded
 from pretrain import face_views
 from vae import VideoVAE

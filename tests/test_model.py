@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import checkpoint as c
 import model as m
 from rope import grid_to_positions, reference_grid, video_grid
 
@@ -65,10 +66,10 @@ def inputs(config: m.TransformerConfig = SMALL, B: int = 2, F: int = 2, H: int =
 @pytest.fixture(scope="module")
 def golden():
     path = GOLDEN / "transformer.safetensors"
-    config = m.read_metadata(path)["config"]
+    config = c.read_metadata(path)["config"]
     with torch.device("meta"):
         model = m.VideoTransformer(m.TransformerConfig.from_checkpoint(config["transformer"]))
-    return m.load_weights(model, path, PREFIX), load_file(path), config["io"]
+    return c.load_weights(model, path, PREFIX), load_file(path), config["io"]
 
 
 @pytest.mark.parametrize("grad", [True, False], ids=["per_token_rows", "rows_per_distinct_level"])
@@ -359,121 +360,31 @@ def test_base_guidance_at_its_off_values_is_the_conditional_estimate_bit_for_bit
         m.ltx_guidance(cond, other, cfg=3, stg=1)
 
 
-# ---------------------------------------------------------------- LoRA
-
-
-def trained_lora(rank: int = 3, alpha: float = 6) -> m.VideoTransformer:
-    model = build()
-    for parameter in m.add_lora(model, rank=rank, alpha=alpha):
-        torch.nn.init.normal_(parameter, std=0.3)
-    return model
-
-
-def test_a_fresh_lora_changes_nothing_and_is_all_that_trains():
-    model, batch = build(), inputs()
-    before = model(**batch)
-    parameters = m.add_lora(model, rank=4, alpha=4)
-    assert torch.equal(model(**batch), before)
-    state = m.lora_state_dict(model)
-    assert all(tensor.abs().max() == 0 for key, tensor in state.items() if "lora_B" in key)
-    assert all(tensor.abs().max() > 0 for key, tensor in state.items() if "lora_A" in key)
-    assert {id(p) for p in parameters} == {id(p) for p in model.parameters() if p.requires_grad}
-    assert len(parameters) == 2 * 10 * SMALL.num_layers
-    with pytest.raises(ValueError, match="without LoRA"):
-        m.add_lora(model)
-
-
-def test_a_saved_lora_has_the_names_and_shapes_of_the_public_format(tmp_path):
-    m.save_lora(tmp_path / "lora.safetensors", trained_lora(), {"reference_placement": "tass"})
-    state = load_file(tmp_path / "lora.safetensors")
-    stem = "diffusion_model.transformer_blocks.0."
-    assert state[stem + "attn1.to_out.0.lora_A.weight"].shape == (3, SMALL.dim)
-    assert state[stem + "ff.net.0.proj.lora_B.weight"].shape == (4 * SMALL.dim, 3)
-    assert not [key for key in state if "alpha" in key]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_lora_saved_and_fused_equals_the_lora_applied(tmp_path, dtype):
-    wrapped, batch = trained_lora(), inputs()
-    path = tmp_path / "lora.safetensors"
-    m.save_lora(path, wrapped, {"reference_placement": "tass"}, dtype)
-    fused = build()
-    before = fused(**batch)
-    assert m.load_lora(fused, path, strength=0.0) == {"reference_placement": "tass"}
-    assert torch.equal(fused(**batch), before), "strength 0 is off"
-    m.load_lora(fused, path)
-    applied = wrapped(**batch)
-    found = difference(fused(**batch), applied) / applied.abs().max().item()
-    assert difference(applied, before) > 0.1, "the LoRA must matter for the comparison to mean anything"
-    assert found < (1e-5 if dtype == torch.float32 else 5e-2), found
-    m.load_lora(fused, path, strength=-1.0)
-    assert difference(fused(**batch), before) < 1e-4, "taking it away again gives the base back"
-
-
-def test_lora_runs_on_a_bf16_base():
-    model = build().to(torch.bfloat16)
-    parameters = m.add_lora(model, rank=2, alpha=2)
-    model(**inputs()).square().mean().backward()
-    assert all(p.dtype == torch.float32 and p.grad is not None for p in parameters)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda s: s.update({"diffusion_model.nowhere.lora_A.weight": torch.zeros(1, 1)}), "nowhere"),
-        (lambda s: s.update({"attn1.to_q.alpha": torch.zeros(1)}), "attn1.to_q.alpha"),
-        (lambda s: s.pop("diffusion_model.transformer_blocks.1.attn2.to_k.lora_B.weight"), "1.attn2.to_k.lora_B"),
-        (
-            lambda s: s.update({"diffusion_model.transformer_blocks.0.attn1.to_q.lora_A.weight": torch.zeros(3, 5)}),
-            "0.attn1.to_q.lora_A",
-        ),
-        (lambda s: s.clear(), "none"),
-    ],
-)
-def test_a_lora_that_does_not_fit_is_refused_by_name_and_changes_nothing(tmp_path, change, message):
-    state = m.lora_state_dict(trained_lora())
-    change(state)
-    save_file(state, tmp_path / "lora.safetensors")
-    model = build()
-    with pytest.raises(ValueError, match=message):
-        m.load_lora(model, tmp_path / "lora.safetensors")
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), build().parameters(), strict=True))
-
-
-def test_lora_targets_that_match_nothing_are_refused():
-    with pytest.raises(ValueError, match="attn9"):
-        m.add_lora(build(), targets=("attn1.to_q", "attn9.to_q"))
-    with pytest.raises(ValueError, match="rank"):
-        m.add_lora(build(), rank=0)
-    with pytest.raises(ValueError, match="add_lora"):
-        m.lora_state_dict(build())
-
-
 # ---------------------------------------------------------------- checkpoint files
 
 
 def saved(path: Path) -> Path:
     tensors = {PREFIX + name: tensor for name, tensor in build().state_dict().items()}
     tensors["audio_vae.not_ours"] = torch.zeros(2)
-    m.save_checkpoint(path, tensors, {"transformer": SMALL.to_checkpoint()}, {"note": "test"})
+    c.save_checkpoint(path, tensors, {"transformer": SMALL.to_checkpoint()}, {"note": "test"})
     return path
 
 
 def test_a_checkpoint_written_and_read_gives_the_same_model(tmp_path):
     path = saved(tmp_path / "folder" / "model.safetensors")
     assert [p.name for p in path.parent.iterdir()] == ["model.safetensors"], "nothing half-written stays behind"
-    metadata = m.read_metadata(path)
+    metadata = c.read_metadata(path)
     assert metadata["model_version"] == "2.3.0" and metadata["note"] == "test"
     config = m.TransformerConfig.from_checkpoint(metadata["config"]["transformer"])
     assert config == SMALL
     with torch.device("meta"):
         model = m.VideoTransformer(config)
-    m.load_weights(model, path, PREFIX)
+    c.load_weights(model, path, PREFIX)
     batch = inputs()
     assert torch.equal(model(**batch), build()(**batch))
     with torch.device("meta"):
         half = m.VideoTransformer(config)
-    m.load_weights(half, path, PREFIX, dtype=torch.bfloat16)
+    c.load_weights(half, path, PREFIX, dtype=torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
 
 
@@ -484,21 +395,21 @@ def test_missing_and_misshapen_tensors_are_named(tmp_path):
     tensors[name] = torch.zeros(3)
     save_file(tensors, tmp_path / "misshapen.safetensors")
     with pytest.raises(ValueError, match=name):
-        m.load_weights(build(), tmp_path / "misshapen.safetensors", PREFIX)
+        c.load_weights(build(), tmp_path / "misshapen.safetensors", PREFIX)
     del tensors[name]
     save_file(tensors, tmp_path / "missing.safetensors")
     with pytest.raises(ValueError, match=name):
-        m.load_weights(build(), tmp_path / "missing.safetensors", PREFIX)
+        c.load_weights(build(), tmp_path / "missing.safetensors", PREFIX)
     with pytest.raises(ValueError, match="config"):
-        m.read_metadata(tmp_path / "missing.safetensors")
+        c.read_metadata(tmp_path / "missing.safetensors")
 
 
 def test_other_files_and_other_models_are_refused(tmp_path):
     (tmp_path / "text.safetensors").write_text("not a tensor file, but long enough to look at")
     with pytest.raises(ValueError, match="safetensors"):
-        m.read_metadata(tmp_path / "text.safetensors")
+        c.read_metadata(tmp_path / "text.safetensors")
     with pytest.raises(ValueError, match="no file"):
-        m.read_metadata(tmp_path / "nothing.safetensors")
+        c.read_metadata(tmp_path / "nothing.safetensors")
     with pytest.raises(ValueError, match="rope_type"):
         m.TransformerConfig.from_checkpoint({**SMALL.to_checkpoint(), "rope_type": "interleaved"})
     sizes = SMALL.to_checkpoint()
@@ -506,7 +417,7 @@ def test_other_files_and_other_models_are_refused(tmp_path):
     with pytest.raises(ValueError, match="num_layers"):
         m.TransformerConfig.from_checkpoint(sizes)
     with pytest.raises(ValueError, match="strings"):
-        m.save_checkpoint(tmp_path / "a.safetensors", {"a": torch.zeros(1)}, {}, {"steps": 3})
+        c.save_checkpoint(tmp_path / "a.safetensors", {"a": torch.zeros(1)}, {}, {"steps": 3})
 
 
 def test_the_demo_runs(capsys):

@@ -20,7 +20,8 @@ from PIL import Image
 from tiny import INFERENCE, SIZES, draw_face, livelier, write_tiny
 
 import sample
-from model import VideoTransformer, add_lora, ltx_sigmas, save_lora
+from lora import add_lora, save_lora
+from model import VideoTransformer, ltx_sigmas
 from rope import grid_to_positions, reference_grid, video_grid
 
 PROMPT = "a person in a red shirt laughs"

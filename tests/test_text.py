@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import text
-from model import load_weights, save_checkpoint
+from checkpoint import load_weights, save_checkpoint
 from text import Connector, FeatureExtractor, GemmaConfig, GemmaTextModel, TextEncoder, Tokenizer, train_bpe
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -12,7 +12,7 @@ from torch import nn
 import optim
 import pretrain
 import train
-from model import read_metadata
+from checkpoint import read_metadata
 from optim import Average, MuonAdamW, Run, orthogonalize, schedule, seeded, split_parameters
 
 

@@ -9,7 +9,8 @@ import torch
 from PIL import Image, ImageDraw
 from torch import nn
 
-from model import TransformerConfig, VideoTransformer, save_checkpoint
+from checkpoint import save_checkpoint
+from model import TransformerConfig, VideoTransformer
 from text import (
     CONNECTOR_PREFIX,
     EXTRACTOR_PREFIX,

@@ -73,6 +73,8 @@ def guide(
     ref_scale: float = 2.0,
     order: str = "text_first",
     rescale: float = 0.0,
+    stg_scale: float = 0.0,
+    perturb: Callable[[bool, bool], Tensor] | None = None,
 ) -> Tensor:
     """Run the streams that carry weight, one by one, and add them up.
 
@@ -86,12 +88,19 @@ def guide(
 
     rescale in [0, 1], 0 = off. LTX-2.3: long arrows widen the spread of the values (haloes, burnt skin); multiply by
     rescale * std(conditional) / std(guided) + 1 - rescale to bring it back, 0.7 in the official settings. The result is
-    then no longer linear in the scales. Raises ValueError for a rescale outside [0, 1] and as `stream_weights` does.
+    then no longer linear in the scales.
+
+    stg_scale, 0 = off. LTX-2.3: a further arrow, away from what the same stream predicts when the self-attention of
+    some blocks is switched off: perturb(text, ref), one more call. our reading: it starts at the most conditioned
+    stream, as LTX-2.3's own starts at the conditional one. Raises ValueError for a rescale outside [0, 1], a missing
+    perturb, and as `stream_weights` does.
     """
     if not 0 <= rescale <= 1:
         raise ValueError(f"expected rescale between 0 and 1, got {rescale}; use 0 for off, 0.7 for the LTX-2.3 setting")
+    if stg_scale != 0 and perturb is None:
+        raise ValueError(f"expected perturb for an stg_scale of {stg_scale}, got None; pass it or set the scale to 0")
     weights = stream_weights(text_scale, ref_scale, order)
-    if list(weights.values()) == [1.0]:
+    if list(weights.values()) == [1.0] and stg_scale == 0:
         (stream,) = weights
         return predict(*stream)
 
@@ -103,6 +112,8 @@ def guide(
         if conditional is None:
             conditional = prediction  # v_RT, or v_T where the reference is off: then this is the base model's own CFG
         guided = guided + weight * prediction
+    if stg_scale != 0:
+        guided = guided + stg_scale * (conditional - perturb(*next(iter(weights))))
 
     if rescale > 0:
         # LTX-2.3: the spread is taken over the whole tensor, tokens and batch together.

@@ -1,23 +1,35 @@
 """LoRA: train and carry a small correction instead of 13 billion weights.
 
 A linear layer W gets a second path of low rank, W x + B (A x); W stays frozen, and only A and B are trained, saved and
-handed on. For LTX-2.3 that is a file of half a gigabyte instead of 26.
+handed on. At rank 32 that is a file of a third of a gigabyte instead of 26.
+
+The failure to prevent: every tool spells the names in the file its own way, and a loader that skips what it does not
+know leaves the base model as it was without a word. Here every key is understood, or belongs to the audio half that
+this program leaves out, or is an error that names it, before the first weight changes. Understood, for one linear:
+  diffusion_model.transformer_blocks.0.attn1.to_q.lora_A.weight     LTX-2.3's own tools; save_lora writes this
+  transformer.transformer_blocks.0.attn1.to_q.lora_A.weight         Diffusers; also without any prefix
+  lora_unet_transformer_blocks_0_attn1_to_q.lora_down.weight        ComfyUI and kohya; with or without an .alpha
 
 LTX-2.3: which layers, rank and alpha: those of its published in-context LoRA recipe; the names in the file.
 our reading: that ST-DRC (arXiv 2606.02441) is trained this way. The paper shows that the transformer is trained, not how.
 
-Conventions. strength 0 = off. "Fused" means added into W for good, "applied" means kept beside it.
+Conventions. A (rank, in), B (out, rank); a file's scale is alpha / rank, or 1 without an alpha. strength 0 = off.
+"Fused" means added into W for good, "applied" means kept beside it; several LoRAs add up, in any order.
 
-    parameters = add_lora(model, rank=32, alpha=32)                         # train these
+    add_lora(model, rank=32, alpha=32)                                      # train the parameters it returns
     save_lora("st-drc.safetensors", model, {"reference_placement": "tass"})
-    load_lora(other_model, "st-drc.safetensors", strength=1.0)              # fused
+    metadata = load_lora(other_model, "st-drc.safetensors", strength=1.0)   # fused; with fuse=False: applied
+    change = lora_changes(model_on_meta, [("a.safetensors", 1.0), ("b.safetensors", 0.5)])     # for load_weights
 
 Read next: train.py
 """
 
+import json
 import math
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,27 +42,33 @@ LORA_TARGETS = tuple(f"{attn}.{name}" for attn in ("attn1", "attn2") for name in
 LORA_TARGETS += ("ff.net.0.proj", "ff.net.2")
 LORA_PREFIX = "diffusion_model."
 
+# ---------------------------------------------------------------- training one, and writing it
+
 
 class LoRALinear(nn.Module):
-    """A frozen linear plus a trainable low-rank correction: base(x) + alpha/rank * B(A(x)). B starts at zero.
+    """A frozen linear plus a low-rank correction: base(x) + scale * B(A(x)). x (..., in) -> (..., out).
 
-    The correction is kept in float32 whatever the base has. Raises ValueError on a rank below 1.
+    base: anything that is called like a linear and has weight, in_features, out_features: nn.Linear, a linear that
+    stores its weight in another type, or another LoRALinear, which is how several stack. A (rank, in) and B (out, rank)
+    are kept in float32 whatever the base has.
     """
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float):
+    def __init__(self, base: nn.Module, A: Tensor, B: Tensor, scale: float):
         super().__init__()
-        if rank < 1:
-            raise ValueError(f"expected a rank of at least 1, got {rank}; 32 is usual")
         device = base.weight.device
         self.base = base
-        self.scale = alpha / rank
-        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.scale = scale
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.lora_A = nn.Parameter(A.to(device, torch.float32))
+        self.lora_B = nn.Parameter(B.to(device, torch.float32))
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.base(x)
-        low = F.linear(x.to(self.lora_A.dtype), self.lora_A)  # (B, N, rank)
+        low = F.linear(x.to(self.lora_A.dtype), self.lora_A)  # (..., rank)
         return out + (F.linear(low, self.lora_B) * self.scale).to(out.dtype)
 
 
@@ -59,45 +77,54 @@ def add_lora(
 ) -> list[nn.Parameter]:
     """Freeze the model, wrap every linear whose name ends in a target, return the new parameters to train.
 
-    our reading: rank, alpha and targets of LTX's in-context LoRA recipe. The wrapped linear's own weight moves to
-    "<name>.base.weight". Raises ValueError when a target matches nothing or is already wrapped.
+    our reading: rank, alpha and targets of LTX's in-context LoRA recipe. B starts at zero, so nothing changes at first.
+    The wrapped linear's own weight moves to "<name>.base.weight". Raises ValueError on a rank below 1, when a target
+    matches nothing, or when the model has a LoRA already.
     """
-    if _lora_modules(model):
+    if rank < 1:
+        raise ValueError(f"expected a rank of at least 1, got {rank}; 32 is usual")
+    if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise ValueError("expected a model without LoRA, got one that has it; load a fresh model")
-    targets = tuple(targets)
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    ends = [f".{target}" for target in targets]
+    linears = {name: linear for name, linear in _linears(model).items() if f".{name}".endswith(tuple(ends))}
+    for end in ends:
+        if not any(f".{name}".endswith(end) for name in linears):
+            raise ValueError(f"expected linears named like {end[1:]!r}, got none in the model; correct the targets")
     model.requires_grad_(False)
-    trained, used = [], set()
+    trained = []
     for name, linear in linears.items():
-        hits = [target for target in targets if name == target or name.endswith("." + target)]
-        if hits:
-            used.update(hits)
-            wrapped = LoRALinear(linear, rank, alpha)
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, wrapped)
-            trained += [wrapped.lora_A, wrapped.lora_B]
-    unused = [target for target in targets if target not in used]
-    if unused:
-        raise ValueError(f"expected linears named like {unused[0]!r}, got none in the model; correct the targets")
+        A = torch.empty(rank, linear.in_features, device=linear.weight.device)
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        wrapped = LoRALinear(linear, A, torch.zeros(linear.out_features, rank), alpha / rank)
+        model.set_submodule(name, wrapped)
+        trained += [wrapped.lora_A, wrapped.lora_B]
     return trained
 
 
-def _lora_modules(model: nn.Module) -> dict[str, LoRALinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+def _linears(model: nn.Module) -> dict[str, nn.Module]:
+    """Every linear under its name in the checkpoint, wrapped or not. "base" is the name LoRALinear gives to the inner."""
+    modules = model.named_modules()
+    return {name: module for name, module in modules if hasattr(module, "in_features") and not name.endswith(".base")}
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The LoRA under the names LTX-2.3 tools expect; raises ValueError when the model has none.
 
-    LTX-2.3: loaders add B @ A and know no alpha, so alpha/rank is folded into B here.
+    LTX-2.3: loaders add B @ A and know no alpha, so the scale is folded into B here. LoRAs stacked on one linear come
+    out as one of their summed rank: B1 A1 + B2 A2 = [B1 B2] [A1; A2].
     """
-    modules = _lora_modules(model)
-    if not modules:
-        raise ValueError("expected a model with LoRA, got one without; call add_lora first")
     state = {}
-    for name, module in modules.items():
-        state[f"{LORA_PREFIX}{name}.lora_A.weight"] = module.lora_A.detach().clone()  # (rank, in)
-        state[f"{LORA_PREFIX}{name}.lora_B.weight"] = module.lora_B.detach() * module.scale  # (out, rank)
+    for name, module in _linears(model).items():
+        layers = []
+        while isinstance(module, LoRALinear):
+            layers.append(module)
+            module = module.base
+        if layers:
+            A = torch.cat([layer.lora_A.detach() for layer in layers])  # (rank, in)
+            B = torch.cat([layer.lora_B.detach() * layer.scale for layer in layers], dim=1)  # (out, rank)
+            state |= {f"{LORA_PREFIX}{name}.lora_A.weight": A, f"{LORA_PREFIX}{name}.lora_B.weight": B}
+    if not state:
+        raise ValueError("expected a model with LoRA, got one without; call add_lora first")
     return state
 
 
@@ -107,45 +134,192 @@ def save_lora(
     metadata: dict[str, str] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write the LoRA alone as a safetensors file; metadata (strings) say how it was trained.
+    """Write the LoRA alone as a safetensors file; metadata (strings) say how it was trained ("reference_placement").
 
     LTX-2.3: the official trainer writes bf16; float32 loses nothing. Raises ValueError when the model has no LoRA.
     """
     write_file(path, {key: tensor.to(dtype) for key, tensor in lora_state_dict(model).items()}, metadata or {})
 
 
-@torch.no_grad()
-def load_lora(model: nn.Module, path: str | os.PathLike, strength: float = 1.0) -> dict[str, str]:
-    """Add strength * B @ A of a LoRA file into the weights of `model`, for good; returns the file's metadata.
+# ---------------------------------------------------------------- reading one, in anybody's spelling
 
-    Off: strength 0. Everything is checked before the first weight changes. Raises ValueError naming the key when one is
-    unknown, lacks its partner, or does not fit the model.
+PREFIXES = re.compile(r"(base_model\.model\.)?((model\.)?diffusion_model\.|transformer\.)?")
+ENDINGS = {".alpha": "alpha"}
+ENDINGS |= dict.fromkeys((".lora_A.weight", ".lora_A.default.weight", ".lora_down.weight", ".lora.down.weight"), "A")
+ENDINGS |= dict.fromkeys((".lora_B.weight", ".lora_B.default.weight", ".lora_up.weight", ".lora.up.weight"), "B")
+# Diffusers renames these. In this order, because the first is part of the second.
+RENAMED = (("prompt_adaln_single", "prompt_adaln"), ("adaln_single", "time_embed"), ("patchify_proj", "proj_in"))
+
+
+class LoRAFile(NamedTuple):
+    """pairs: name of a linear in the model -> A (rank, in), B (out, rank), scale. audio_keys: how many were left out."""
+
+    pairs: dict[str, tuple[Tensor, Tensor, float]]
+    metadata: dict[str, str]
+    audio_keys: int
+
+
+def read_lora(path: str | os.PathLike, model: nn.Module) -> LoRAFile:
+    """Read a LoRA file in any of the spellings above and check it against `model`, which may be on the meta device.
+
+    Keys of the audio half are counted and never read. The scale is the file's ".alpha" / rank; else the lora_alpha that
+    Diffusers writes into the header, / rank; else 1. An adapter_config.json beside the file is not read.
+    Raises ValueError naming the keys that are unknown, double, without partner, or do not fit; and when nothing is left.
     """
+    spellings = _spellings(model)
+    found: dict[str, dict[str, tuple[str, Tensor]]] = {}  # name in the model -> "A", "B", "alpha" -> key, tensor
+    unknown, audio_keys = [], 0
     with open_file(path) as file:
         metadata = dict(file.metadata() or {})
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, a handle and not a dict
-    modules = dict(model.named_modules())
-    updates = []
-    for key in sorted(tensors):
-        stem, _, part = key.removesuffix(".weight").rpartition(".")
-        module = modules.get(stem.removeprefix(LORA_PREFIX))
-        module = module.base if isinstance(module, LoRALinear) else module
-        known = key.startswith(LORA_PREFIX) and key.endswith(".weight") and part in ("lora_A", "lora_B")
-        if not known or not isinstance(module, nn.Linear):
-            raise ValueError(f"expected LoRA keys of linears in this model, got {key!r}; use a LoRA made for LTX-2.3")
-        partner = f"{stem}.{'lora_B' if part == 'lora_A' else 'lora_A'}.weight"
-        if partner not in tensors:
-            raise ValueError(f"expected {partner!r} beside {key!r}, got no such tensor; the file is incomplete")
-        if part == "lora_A":
-            A, B = tensors[key], tensors[partner]
-            if (B.shape[0], A.shape[1]) != tuple(module.weight.shape) or B.shape[1] != A.shape[0]:
-                shapes = f"{tuple(B.shape)} and {tuple(A.shape)}"
-                raise ValueError(f"expected {key!r} for weight {tuple(module.weight.shape)}, got {shapes}; check sizes")
-            updates.append((module.weight, A, B))
-    if not updates:
-        raise ValueError(f"expected LoRA tensors in {path}, got none; use another file")
-    if strength != 0:
-        for weight, A, B in updates:
-            change = B.to(weight.device, torch.float32) @ A.to(weight.device, torch.float32)
-            weight.copy_(weight.to(torch.float32) + strength * change)
-    return metadata
+        for key in sorted(file.keys()):
+            spelled = PREFIXES.sub("", key, count=1)
+            ending = next((ending for ending in ENDINGS if spelled.endswith(ending)), "")
+            name = spellings.get(spelled.removesuffix(ending))
+            if _is_audio(spelled):
+                audio_keys += 1
+            elif name is None or not ending:
+                unknown.append(key)
+            else:
+                parts = found.setdefault(name, {})
+                if ENDINGS[ending] in parts:
+                    raise ValueError(f"expected {name} once, got {key!r} and {parts[ENDINGS[ending]][0]!r}; remove one")
+                parts[ENDINGS[ending]] = key, file.get_tensor(key)
+    if unknown:
+        names = ", ".join(map(repr, unknown[:3])) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
+        raise ValueError(f"expected LoRA keys of linears in this model, got {names}; use a LoRA made for LTX-2.3")
+    if not found:
+        raise ValueError(f"expected LoRA tensors in {path}, got none ({audio_keys} for audio); use another file")
+    alpha, linears = _header_alpha(metadata), _linears(model)
+    pairs = {name: _pair(name, parts, linears[name], alpha) for name, parts in found.items()}
+    return LoRAFile(pairs, metadata, audio_keys)
+
+
+def _spellings(model: nn.Module) -> dict[str, str]:
+    """Every way to write the name of a linear, prefixes aside -> its name in the model."""
+    table = {}
+    for name in _linears(model):
+        theirs = name
+        for ltx, diffusers in RENAMED:
+            theirs = theirs.replace(ltx, diffusers)
+        for spelled in (name, theirs):
+            table[spelled] = table["lora_unet_" + spelled.replace(".", "_")] = name
+    return table
+
+
+def _is_audio(name: str) -> bool:
+    """LTX-2.3: names of the audio half and of the paths between the halves ("av_cross_attn": as Diffusers says it)."""
+    name = name.removeprefix("lora_unet_")
+    return name.startswith(("av_ca_", "av_cross_attn_")) or any(part in name for part in ("audio", "a2v_ca", "v2a_ca"))
+
+
+def _header_alpha(metadata: dict[str, str]) -> float | None:
+    """lora_alpha of the header entry that Diffusers writes, None without one. ValueError when it is not a plain LoRA."""
+    entry = metadata.get("lora_adapter_metadata", "{}")
+    try:
+        config = {key.removeprefix("transformer."): value for key, value in json.loads(entry).items()}
+        alpha = float(config["lora_alpha"]) if "lora_alpha" in config else None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"expected JSON in 'lora_adapter_metadata', got {error}; remove the entry") from error
+    for switch in ("use_rslora", "use_dora", "alpha_pattern"):
+        if config.get(switch):
+            raise ValueError(f"expected a plain LoRA, got {switch} in 'lora_adapter_metadata'; convert the file")
+    return alpha
+
+
+def _pair(name: str, parts: dict, linear: nn.Module, alpha: float | None) -> tuple[Tensor, Tensor, float]:
+    if "A" not in parts or "B" not in parts:
+        keys = ", ".join(repr(key) for key, _ in parts.values())
+        raise ValueError(f"expected lora_A and lora_B (or lora_down and lora_up) of {name}, got {keys} without partner")
+    (key_A, A), (key_B, B) = parts["A"], parts["B"]
+    rank = A.shape[0] if A.ndim == 2 else 0
+    if not rank or A.shape != (rank, linear.in_features) or B.shape != (linear.out_features, rank):
+        weight = (linear.out_features, linear.in_features)
+        found = f"{key_A!r} {tuple(A.shape)} and {key_B!r} {tuple(B.shape)}"
+        raise ValueError(f"expected (rank, in) and (out, rank) for a weight {weight}, got {found}; check the model size")
+    if "alpha" in parts:
+        key, tensor = parts["alpha"]
+        if tensor.numel() != 1:
+            raise ValueError(f"expected one number in {key!r}, got shape {tuple(tensor.shape)}; the file is damaged")
+        alpha = tensor.item()
+    return A, B, 1.0 if alpha is None else alpha / rank
+
+
+# ---------------------------------------------------------------- using one
+
+
+def _fused(weight: Tensor, pairs: Sequence[tuple[Tensor, Tensor, float]]) -> Tensor:
+    """weight (out, in) + the sum of scale * B @ A, in float32 on the weight's device."""
+    total = weight.to(torch.float32, copy=True)
+    for A, B, scale in pairs:
+        total.addmm_(B.to(total), A.to(total), alpha=scale)
+    return total
+
+
+def lora_changes(
+    model: nn.Module, loras: Sequence[tuple[str | os.PathLike, float]]
+) -> Callable[[str, Tensor], Tensor] | None:
+    """Fuse while loading: the `change` for checkpoint.load_weights that adds all (path, strength) at once.
+
+    The model may be on the meta device; names are relative to it. Each sum is made in float32 and rounded once; a
+    tensor that no LoRA touches is returned as it is. None when there is nothing to add (no files, or all at strength 0).
+    Raises ValueError like read_lora, before anything is loaded.
+    """
+    pairs: dict[str, list] = {}
+    for path, strength in loras:
+        for name, (A, B, scale) in read_lora(path, model).pairs.items():
+            if strength != 0:
+                pairs.setdefault(f"{name}.weight", []).append((A, B, strength * scale))
+    if not pairs:
+        return None
+    return lambda name, tensor: _fused(tensor, pairs[name]) if name in pairs else tensor
+
+
+@torch.no_grad()
+def load_lora(model: nn.Module, path: str | os.PathLike, strength: float = 1.0, fuse: bool = True) -> dict[str, str]:
+    """Add strength * scale * B @ A of a LoRA file to a loaded model; returns the file's metadata.
+
+    fuse True: into the weights, for good. False: beside them, frozen, which costs memory and time but leaves the weights
+    as they are. Call it again for the next LoRA. Off: strength 0. Everything is checked before the first weight changes.
+    Raises ValueError like read_lora.
+    """
+    lora, linears = read_lora(path, model), _linears(model)
+    for name, (A, B, scale) in lora.pairs.items() if strength != 0 else ():
+        if fuse:
+            linears[name].weight.copy_(_fused(linears[name].weight, [(A, B, strength * scale)]))
+        else:
+            wrapped = LoRALinear(linears[name], A, B, strength * scale)
+            for parameter in (wrapped.lora_A, wrapped.lora_B):
+                parameter.requires_grad_(False)
+            model.set_submodule(name, wrapped)
+    return lora.metadata
+
+
+def _demo() -> None:
+    import tempfile
+
+    from model import TransformerConfig, VideoTransformer
+
+    with torch.device("meta"):
+        model = VideoTransformer(TransformerConfig())
+    base = sum(p.numel() for p in model.parameters())
+    lora = sum(p.numel() for p in add_lora(model, rank=32))
+    print(f"LTX-2.3's video transformer: {base:,} weights; its LoRA of rank 32: {lora:,}, {lora * 2 / 1e6:.0f} MB in bf16")
+
+    torch.manual_seed(0)
+    fused, applied, trained = (nn.ModuleDict({"to_q": nn.Linear(16, 16)}) for _ in range(3))
+    applied.load_state_dict(fused.state_dict())
+    for parameter in add_lora(trained, rank=2, alpha=2, targets=["to_q"]):
+        nn.init.normal_(parameter)
+    x = torch.randn(4, 16)
+    before = fused["to_q"](x)
+    with tempfile.TemporaryDirectory() as folder:
+        save_lora(f"{folder}/lora.safetensors", trained)
+        load_lora(fused, f"{folder}/lora.safetensors")
+        load_lora(applied, f"{folder}/lora.safetensors", fuse=False)
+    print(f"one linear: the LoRA moves its output by {(fused['to_q'](x) - before).abs().max():.1f}")
+    print(f"            fused and applied differ by  {(fused['to_q'](x) - applied['to_q'](x)).abs().max():.1e}")
+    print("Notice: 1 % of the weights are trained, and where the correction is kept does not matter.")
+
+
+if __name__ == "__main__":
+    _demo()

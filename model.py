@@ -31,6 +31,7 @@ Usage:
 Read next: vae.py
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -126,6 +127,51 @@ LTX23_SWITCHES = {
 # ---------------------------------------------------------------- parts of a block
 
 
+class Linear(nn.Linear):
+    """nn.Linear with a faster road for many float32 tokens on a CPU: (..., D) -> (..., O).
+
+    PyTorch hands a float32 matrix product on a CPU to MKL, which uses only half of the vector width of an AMD
+    processor. A 1x1 convolution is the same arithmetic and goes to oneDNN, which uses all of it: 210 against 460
+    GFLOP/s on two Zen 5 cores (tests/bench.py prints both rates). In other types and on other devices nothing differs.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return wide_linear(x, self.weight, self.bias)
+
+
+def wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (B, N, D), weight (O, D), bias (O,) -> (B, N, O). Every use of the trick above, and its conditions."""
+    many = x.ndim == 3 and x.shape[0] * x.shape[1] >= 128  # below, starting the convolution costs more than it saves
+    if not (many and _slow_matmul(x) and x.dtype == weight.dtype) or torch.is_autocast_enabled("cpu"):
+        return F.linear(x, weight, bias)
+    picture = x.transpose(1, 2)[:, :, None]  # (B, D, 1, N): every token a pixel
+    return F.conv2d(picture, weight[:, :, None, None], bias)[:, :, 0].transpose(1, 2)
+
+
+def _slow_matmul(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling()
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """softmax(q k' / sqrt(hd) + bias) v. q (B, nh, N, hd), k, v (B, nh, M, hd) -> (B, nh, N, hd).
+
+    On a GPU, and wherever gradients or a bias are needed, PyTorch's fused attention. Sampling on a CPU writes the three
+    steps out, for the reason given at Linear: scores and softmax in float32 as the fused one has them, then the sum of
+    values in their own type. A stripe of queries at a time keeps the scores in the cache.
+    """
+    plain = q.device.type == "cpu" and bias is None and not torch.is_grad_enabled()
+    if not plain or torch.compiler.is_compiling() or q.shape[2] < 128:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    q, k = q.float() * q.shape[-1] ** -0.5, k.float()
+    out = v.new_empty(q.shape)
+    for b, head in itertools.product(range(q.shape[0]), range(q.shape[1])):
+        values = v[b, head].t().contiguous()  # (hd, M)
+        for stripe, part in zip(q[b, head].split(256), out[b, head].split(256), strict=True):
+            weights = wide_linear(stripe[None], k[b, head]).softmax(-1)  # (1, <=256, M) float32
+            part.copy_(wide_linear(weights.to(v.dtype), values)[0])  # (<=256, hd)
+    return out
+
+
 class ChannelNorm(nn.Module):
     """RMS norm with a weight per channel, for queries and keys."""
 
@@ -151,13 +197,13 @@ class Attention(nn.Module):
             raise ValueError(f"expected a width divisible by the heads, got {dim} and {heads}; change one")
         context_dim = dim if context_dim is None else context_dim
         self.heads = heads
-        self.to_q = nn.Linear(dim, dim)
-        self.to_k = nn.Linear(context_dim, dim)
-        self.to_v = nn.Linear(context_dim, dim)
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.to_q = Linear(dim, dim)
+        self.to_k = Linear(context_dim, dim)
+        self.to_v = Linear(context_dim, dim)
+        self.to_out = nn.ModuleList([Linear(dim, dim)])
         self.q_norm = ChannelNorm(dim, eps)
         self.k_norm = ChannelNorm(dim, eps)
-        self.to_gate_logits = nn.Linear(dim, heads)
+        self.to_gate_logits = Linear(dim, heads)
 
     def forward(
         self,
@@ -185,7 +231,7 @@ class Attention(nn.Module):
                 q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
             q, k = q.to(v.dtype), k.to(v.dtype)  # autocast may leave the norms in float32
             bias = None if bias is None else bias.to(v.dtype)
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # (B, nh, N, hd)
+            out = attend(q, k, v, bias)  # (B, nh, N, hd)
         gate = 2 * torch.sigmoid(self.to_gate_logits(x))  # (B, N, nh), 1 when the logits are 0
         out = out.transpose(1, 2) * gate[..., None]  # (B, N, nh, hd)
         return self.to_out[0](out.reshape(B, N, D))  # (B, N, D)
@@ -200,8 +246,8 @@ class FeedForward(nn.Module):
     def __init__(self, dim: int, hidden: int | None = None):
         super().__init__()
         hidden = 4 * dim if hidden is None else hidden
-        first = nn.ModuleDict({"proj": nn.Linear(dim, hidden)})
-        self.net = nn.ModuleDict({"0": first, "2": nn.Linear(hidden, dim)})
+        first = nn.ModuleDict({"proj": Linear(dim, hidden)})
+        self.net = nn.ModuleDict({"0": first, "2": Linear(hidden, dim)})
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net["2"](F.gelu(self.net["0"]["proj"](x), approximate="tanh"))  # (B, N, D)
@@ -216,9 +262,9 @@ class AdaLN(nn.Module):
     def __init__(self, dim: int, rows: int):
         super().__init__()
         self.rows = rows
-        embedder = nn.ModuleDict({"linear_1": nn.Linear(SINUSOID, dim), "linear_2": nn.Linear(dim, dim)})
+        embedder = nn.ModuleDict({"linear_1": Linear(SINUSOID, dim), "linear_2": Linear(dim, dim)})
         self.emb = nn.ModuleDict({"timestep_embedder": embedder})
-        self.linear = nn.Linear(dim, rows * dim)
+        self.linear = Linear(dim, rows * dim)
 
     def forward(self, level: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """level (...) float32, already times 1000. Returns rows (..., rows, D) and the embedding (..., D)."""
@@ -303,12 +349,12 @@ class VideoTransformer(nn.Module):
         super().__init__()
         dim = config.dim
         self.config = config
-        self.patchify_proj = nn.Linear(config.in_channels, dim)
+        self.patchify_proj = Linear(config.in_channels, dim)
         self.adaln_single = AdaLN(dim, 9)
         self.prompt_adaln_single = AdaLN(dim, 2)
         self.transformer_blocks = nn.ModuleList([Block(config) for _ in range(config.num_layers)])
         self.scale_shift_table = nn.Parameter(torch.randn(2, dim) / dim**0.5)
-        self.proj_out = nn.Linear(dim, config.out_channels)
+        self.proj_out = Linear(dim, config.out_channels)
 
     def forward(
         self,
@@ -321,6 +367,7 @@ class VideoTransformer(nn.Module):
         attention_mask: Tensor | None = None,
         skip_blocks: Sequence[int] = (),
         checkpoint_blocks: bool = False,
+        phase: Tensor | None = None,
     ) -> Tensor:
         """Velocity (B, S, C) of every token, in the dtype of the weights (or of autocast).
 
@@ -329,11 +376,12 @@ class VideoTransformer(nn.Module):
         is clean. positions (B, 3, S, 2): bounds in seconds and pixels. context (B, N, D) from text.py.
         context_mask (B, N): 1 = a token to read. attention_mask (B, S, S), row = query, or (B, 1, S) to hide keys from
         everyone at little cost; values in [0, 1]. skip_blocks: LTX-2.3: blocks with perturbed self-attention (STG).
-        checkpoint_blocks: recompute blocks in the backward pass, less memory. Raises ValueError on sizes that disagree.
+        checkpoint_blocks: recompute blocks in the backward pass, less memory. phase (B or 1, S): an extra turn of a
+        token's rotary angles (rope.source_phase), None for ST-DRC. Raises ValueError on sizes that disagree.
         """
         self._check(latent, timesteps, sigma, positions, context)
         config, dtype = self.config, self.scale_shift_table.dtype
-        rotary = rotary_tables(positions, config.dim, config.heads, config.theta, config.max_pos)
+        rotary = rotary_tables(positions, config.dim, config.heads, config.theta, config.max_pos, phase)
         bias = None if attention_mask is None else mask_bias(attention_mask)
         context_bias = None if context_mask is None else mask_bias(context_mask[:, None])
 

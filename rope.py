@@ -13,7 +13,7 @@ Source: ST-DRC, arXiv 2606.02441, component "TASS-RoPE" (time-adjacent, spatiall
                the figure's example is H=3, W=4: reference rows 3..5, columns 4..7, all at time F.
   our reading: the shift is made in latent index space and the reference then goes through the very mapping from
                index to seconds and pixels that the video uses; the paper does not say where the shift is applied.
-               The other three placements are comparisons of ours, not the paper's.
+               The other placements are comparisons of ours, not the paper's.
   LTX-2.3:     everything about the mapping and the rotation itself.
 
 Conventions
@@ -79,6 +79,7 @@ PLACEMENTS: dict[str, Callable[[int, int, int], Tensor]] = {
     "overlap": place_overlap,
     "time_only": place_time_only,
     "space_only": place_space_only,
+    "overlap_phase": place_overlap,  # told apart by source_phase alone
 }
 
 
@@ -92,6 +93,19 @@ def reference_grid(F: int, H: int, W: int, placement: str = "tass") -> Tensor:
         raise ValueError(f"expected a placement out of {sorted(PLACEMENTS)}, got {placement!r}; use one of them")
     _check_sizes(F, H, W)
     return PLACEMENTS[placement](F, H, W)
+
+
+def source_phase(placement: str, video: int, reference: int, phase_scale: float = 1.0) -> Tensor | None:
+    """What "overlap_phase" adds to the angles of each token: 0 for video, phase_scale for the reference; else None.
+
+    our reading: (comparison) the layout of a public face LoRA for LTX, which some call TASS-RoPE although it is not the
+    paper's: the reference lies on top of frame 0 and is told apart by a constant turn of all its angles,
+    source * phase_scale * 10000^(-d / L) for channel d of L = hd/2. phase_scale 0 = plain overlap; the LoRA's own value
+    is not known to us. video, reference: token counts. Returns (1, video + reference) float32 for rotary_tables.
+    """
+    if placement != "overlap_phase":
+        return None
+    return torch.cat([torch.zeros(video), torch.full((reference,), float(phase_scale))])[None]
 
 
 def grid_to_positions(grid: Tensor, frame_rate: float, time_scale: int = 8, space_scale: int = 32) -> Tensor:
@@ -129,6 +143,7 @@ def rotary_tables(
     heads: int,
     theta: float = 10000.0,
     max_pos: Sequence[float] = (20, 2048, 2048),
+    phase: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines by which every head rotates every token.
 
@@ -136,7 +151,8 @@ def rotary_tables(
     listed with frequency slow and axis fast, filled up in front with "no rotation", and dealt out to the heads in
     order, so that head 0 has the lowest frequencies.
     positions (B, A, N, 2): bounds, of which the middle is used; or (B, A, N): used as they are. A is the number of axes
-    (3 for video; 1 for the text connector) and the length of max_pos. dim is the width over all heads.
+    (3 for video; 1 for the text connector) and the length of max_pos. dim is the width over all heads. phase (B or 1, N)
+    is an extra turn per token (see source_phase), None = off.
     Returns cos, sin, each (B, heads, N, dim/heads/2) float32. Raises ValueError when sizes do not fit.
     """
     if positions.ndim not in (3, 4) or positions.shape[1] != len(max_pos):
@@ -157,6 +173,10 @@ def rotary_tables(
     missing = dim // 2 - angles.shape[-1]
     angles = torch.nn.functional.pad(angles, (missing, 0))  # (B, N, dim/2) angle 0: cos 1, sin 0
     angles = angles.reshape(B, N, heads, -1).transpose(1, 2)  # (B, nh, N, hd/2)
+    if phase is not None:
+        L = angles.shape[-1]
+        fade = 10000.0 ** (-torch.arange(L, dtype=torch.float32, device=angles.device) / L)  # (hd/2,) 1 -> almost 0
+        angles = angles + phase.to(angles)[:, None, :, None] * fade  # every head alike
     return angles.cos(), angles.sin()
 
 
@@ -172,7 +192,8 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         raise ValueError(f"expected tables (B, {nh}, {N}, {hd // 2}), got {tuple(cos.shape)}; build them for this x")
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     a, b = x.chunk(2, dim=-1)  # (B, nh, N, hd/2) each
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)  # (B, nh, N, hd)
+    turned = torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)  # a cos - b sin, b cos + a sin
+    return torch.cat(turned, dim=-1)  # (B, nh, N, hd)
 
 
 def _check_sizes(F: int, H: int, W: int) -> None:

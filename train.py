@@ -47,7 +47,7 @@ from model import TransformerConfig, VideoTransformer
 from optim import Average, MuonAdamW, Run, average_gradients, schedule, seeded, split_parameters
 from pretrain import FRAME_RATE, GRID, KEEP_FROM_MUON, SIZE, TRANSFORMER_PREFIX, check_samples, draw_noise, latent_source
 from reference import append_reference, drop_reference, encode_reference, unpatchify
-from rope import PLACEMENTS, grid_to_positions, reference_grid, video_grid
+from rope import PLACEMENTS, grid_to_positions, reference_grid, source_phase, video_grid
 from text import TextEncoder
 from vae import VideoVAE
 
@@ -108,7 +108,7 @@ def cache_contexts(text: TextEncoder, ids: Tensor, mask: Tensor) -> tuple[Tensor
 
 
 def velocity(model: VideoTransformer, noisy: Tensor, sigma: Tensor, ref_tokens: Tensor, keep_ref: Tensor,
-             positions: Tensor, ref_positions: Tensor, context: Tensor) -> Tensor:
+             positions: Tensor, ref_positions: Tensor, context: Tensor, phase: Tensor | None = None) -> Tensor:
     """Velocity of the video tokens, (B, L, C) float32.
 
     A dropped reference is hidden from every query rather than left out: the same numbers, and one compiled graph.
@@ -118,7 +118,7 @@ def velocity(model: VideoTransformer, noisy: Tensor, sigma: Tensor, ref_tokens: 
     tokens, timesteps, where = append_reference(noisy, timesteps, positions.expand(B, -1, -1, -1), ref_tokens,
                                                 ref_positions)
     visible = torch.cat([torch.ones_like(noisy[:, :, 0]), keep_ref[:, None].expand(B, ref_tokens.shape[1])], dim=1)
-    out = model(tokens, timesteps, sigma, where, context, attention_mask=visible[:, None])        # (B, S, C)
+    out = model(tokens, timesteps, sigma, where, context, attention_mask=visible[:, None], phase=phase)  # (B, S, C)
     return drop_reference(out, L).float()
 
 
@@ -189,6 +189,7 @@ def main() -> None:
     positions = grid_to_positions(video_grid(*GRID), FRAME_RATE, vae.time_scale, vae.space_scale)[None].to(device)
     ref_positions = grid_to_positions(reference_grid(*GRID, args.placement), FRAME_RATE, vae.time_scale,
                                       vae.space_scale).to(device)
+    phase = source_phase(args.placement, positions.shape[2], ref_positions.shape[1])  # None, except to study it
     forward = torch.compile(velocity) if args.compile else velocity
 
     next_check = run.seconds + 300
@@ -207,7 +208,7 @@ def main() -> None:
 
         sigma, noise, noisy = draw_noise(batch["x0"], g)
         with torch.autocast(device, torch.bfloat16):
-            v = forward(model, noisy, sigma, ref_tokens, keep_ref.float(), positions, ref_positions, context)
+            v = forward(model, noisy, sigma, ref_tokens, keep_ref.float(), positions, ref_positions, context, phase)
         fm = flow_matching_loss(v, noise - batch["x0"])
         face = face_weighted_loss(v, noise - batch["x0"], batch["face"])
         identity = fm.new_zeros(())

@@ -152,3 +152,28 @@ def test_nonsense_is_refused_before_the_model_runs(kwargs):
     with pytest.raises(ValueError, match="expected"):
         guide(streams, **kwargs)
     assert streams.calls == []
+
+
+def test_the_perturbed_arrow_is_the_base_models_own_and_starts_at_the_most_conditioned_stream():
+    """With a reference scale of 0 and one scale for text, the sum is LTX-2.3's cfg + stg, rescale included."""
+    from model import ltx_guidance
+
+    streams, perturbed = Streams(), torch.randn(2, 6, 3, dtype=torch.float64)
+    asked = []
+
+    def perturb(text, ref):
+        asked.append((text, ref))
+        return perturbed
+
+    for rescale in (0.0, 0.7):
+        v = streams.values
+        expected = ltx_guidance(v[TEXT], v[NULL], perturbed, cfg=3.0, stg=1.0, rescale=rescale)
+        assert_close(guide(streams, 3.0, 0.0, rescale=rescale, stg_scale=1.0, perturb=perturb), expected, 1e-5)
+    assert_close(guide(streams, 3.0, 2.0, stg_scale=0.5, perturb=perturb),
+                 guide(streams, 3.0, 2.0) + 0.5 * (v[BOTH] - perturbed))  # fmt: skip
+    assert asked == [TEXT, TEXT, BOTH]
+    streams.calls.clear()
+    assert_close(guide(streams, 1.0, 1.0, stg_scale=1.0, perturb=perturb), 2 * v[BOTH] - perturbed)
+    assert streams.calls == [BOTH], "one stream and its perturbed copy"
+    with pytest.raises(ValueError, match="perturb"):
+        guide(streams, 3.0, 2.0, stg_scale=1.0)

@@ -78,7 +78,8 @@ def test_the_figure_of_the_paper_rows_3_to_5_columns_4_to_7_at_time_F(F):
 @given(**SIZES)
 def test_each_placement_shifts_exactly_the_axes_in_its_name(F, H, W):
     first_frame = rope.video_grid(1, H, W)
-    shifts = {"tass": (F, H, W), "overlap": (0, 0, 0), "time_only": (F, 0, 0), "space_only": (0, H, W)}
+    shifts = {"tass": (F, H, W), "overlap": (0, 0, 0), "time_only": (F, 0, 0), "space_only": (0, H, W),
+              "overlap_phase": (0, 0, 0)}  # fmt: skip
     assert set(shifts) == set(rope.PLACEMENTS)
     for placement, shift in shifts.items():
         assert torch.equal(rope.reference_grid(F, H, W, placement), first_frame + torch.tensor(shift)), placement
@@ -101,7 +102,7 @@ def test_only_overlap_puts_reference_tokens_onto_video_tokens(F, H, W):
     video = set(middles(rope.video_grid(F, H, W), 24))
     for placement in rope.PLACEMENTS:
         shared = video & set(middles(rope.reference_grid(F, H, W, placement), 24))
-        assert len(shared) == (H * W if placement == "overlap" else 0), placement
+        assert len(shared) == (H * W if placement.startswith("overlap") else 0), placement
 
 
 def test_tass_begins_where_the_video_ends():
@@ -110,6 +111,29 @@ def test_tass_begins_where_the_video_ends():
     reference = rope.grid_to_positions(rope.reference_grid(16, 3, 4), 24)
     assert difference(video[0, :, 1].max(), torch.tensor(121 / 24)) < 1e-6
     assert torch.equal(video.amax(dim=(1, 2)), reference.amin(dim=(1, 2)))
+
+
+def test_the_phase_turns_the_reference_by_the_stated_angles_and_leaves_every_other_score_alone():
+    """phase[d] = source * phase_scale * 10000^(-d / L) for channel d of every head, on top of the overlap placement."""
+    F, H, W, heads, hd, scale = 2, 2, 3, 2, 12, 0.7
+    grid = torch.cat([rope.video_grid(F, H, W), rope.reference_grid(F, H, W, "overlap_phase")])
+    positions = rope.grid_to_positions(grid, 24)
+    video, reference = F * H * W, H * W
+    phase = rope.source_phase("overlap_phase", video, reference, scale)
+    plain, turned = (rope.rotary_tables(positions[None], heads * hd, heads, phase=p) for p in (None, phase))
+    angle = [torch.atan2(sin, cos).double() for cos, sin in (plain, turned)]
+    expected = torch.tensor([[scale * 10000 ** (-d / 6) for d in range(6)]] * reference)
+    found = (angle[1] - angle[0] + torch.pi) % (2 * torch.pi) - torch.pi  # (1, heads, N, L)
+    assert found[:, :, :video].abs().max() == 0
+    assert difference(found[:, :, video:].float(), expected.expand(1, heads, -1, -1)) < 2e-3, "angles reach 1e4 rad here"
+    q, k = torch.randn(2, 1, heads, video + reference, hd)
+    scores = [rope.apply_rotary(q, *t) @ rope.apply_rotary(k, *t).transpose(-1, -2) for t in (plain, turned)]
+    change = (scores[1] - scores[0]).abs()
+    assert change[..., :video, :video].max() == 0, "video among itself"
+    assert change[..., video:, video:].max() < 1e-2, "the reference among itself: only the rounding of large angles"
+    assert change[..., :video, video:].max() > 0.1, "video against reference"
+    assert all(rope.source_phase(name, 4, 2) is None for name in rope.PLACEMENTS if name != "overlap_phase")
+    assert rope.source_phase("overlap_phase", 4, 2, 0.0).abs().max() == 0
 
 
 @settings(max_examples=20, deadline=None)

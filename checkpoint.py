@@ -6,12 +6,17 @@ but the table: the numbers are mapped into memory and fetched from disk when som
 file has bytes. The naive way, building a model full of random numbers and copying a whole file over them, would need
 the weights three times at once.
 
+Each tensor gets a map of its own. One map of the whole file would be simpler, but Linux refuses a private map larger
+than the machine's memory ("Cannot allocate memory" before a single number is read), and a map lives as long as any
+tensor in it: converting bf16 to float32 would keep every source page until the last tensor is done.
+
 LTX-2.3: the header carries a JSON text named "config" with the parts "transformer", "vae" and "scheduler", and a plain
   "model_version". Tensor names are those of the module trees in model.py, vae.py and text.py behind a prefix.
 our reading: none. ST-DRC (arXiv 2606.02441) trains this model and does not change its file; what training adds to the
   header is where the reference tokens were placed ("reference_placement").
 
-Conventions. dtype None keeps the stored type. Names that nobody asked for are never read.
+Conventions. dtype None keeps the stored type. Names that nobody asked for are never read. A file of another kind is
+named in one line (`describe`, `stranger`); a pickle, which can run code, is never opened.
 
     config = TransformerConfig.from_checkpoint(read_metadata(path)["config"]["transformer"])
     with torch.device("meta"):                       # shapes only, no memory
@@ -22,8 +27,11 @@ Read next: model.py
 """
 
 import json
+import math
+import mmap
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -31,31 +39,140 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+SINGLE_FILE = "ltx-2.3-22b-dev.safetensors"  # LTX-2.3: the published checkpoint
+TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+         "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
+         "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
 
-def open_file(path: str | os.PathLike, device: str = "cpu"):
-    if not Path(path).is_file():
-        raise ValueError(f"expected a safetensors file, got no file at {path}; check the path")
+
+# ------------------------------------------------------------ reading
+
+
+class Entry:
+    """One row of a file's table: shape and type without reading a number."""
+
+    def __init__(self, row: dict):
+        self.shape, self.type, (self.begin, self.end) = row["shape"], row["dtype"], row["data_offsets"]
+
+    def get_shape(self) -> list[int]:
+        return self.shape
+
+    def get_dtype(self) -> str:
+        """The file's own word: "BF16", "F32", ..."""
+        return self.type
+
+
+class TensorFile:
+    """An open safetensors file; its methods are those of the safetensors library's object of the same use.
+
+    A tensor on the CPU is a private map of its part of the file: nothing is read until it is used, writing to it does
+    not reach the file, and it stays valid after the file is closed. Raises SafetensorError or OSError when it cannot
+    be opened.
+    """
+
+    def __init__(self, path: str | os.PathLike, device: str | torch.device = "cpu"):
+        # The library checks the table (types, sizes, gaps, overlaps, the file's length); "np" keeps it from mapping.
+        with safe_open(path, framework="np") as file:
+            self._metadata = dict(file.metadata() or {})
+        self.device, self.file = device, open(path, "rb")
+        length = int.from_bytes(self.file.read(8), "little")
+        table = json.loads(self.file.read(length))
+        self.start = 8 + length  # offsets in the table count from here
+        self.table = {name: Entry(row) for name, row in table.items() if name != "__metadata__"}
+
+    def __enter__(self) -> "TensorFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()  # maps made before stay valid
+
+    def metadata(self) -> dict[str, str]:
+        return self._metadata
+
+    def keys(self) -> list[str]:
+        return list(self.table)
+
+    def get_slice(self, name: str) -> Entry:
+        return self.table[name]
+
+    def get_tensor(self, name: str) -> Tensor:
+        entry = self.table[name]
+        if entry.type not in TYPES:
+            raise ValueError(f"expected numbers of a usual type in {name}, got {entry.type}; use the bf16 file")
+        count = math.prod(entry.shape)
+        if count == 0:
+            return torch.empty(entry.shape, dtype=TYPES[entry.type], device=self.device)
+        begin = self.start + entry.begin
+        page = begin - begin % mmap.ALLOCATIONGRANULARITY  # a map can only begin at a page
+        length = self.start + entry.end - page
+        area = mmap.mmap(self.file.fileno(), length, access=mmap.ACCESS_COPY, offset=page)
+        tensor = torch.frombuffer(area, dtype=TYPES[entry.type], count=count, offset=begin - page)
+        return tensor.view(entry.shape).to(self.device)
+
+
+def open_file(path: str | os.PathLike, device: str | torch.device = "cpu") -> TensorFile:
+    """Open a safetensors file; tensors will be made on `device`. Use it in a `with` statement.
+
+    Raises ValueError with one line that says what stands at the path instead, and what to do.
+    """
     try:
-        return safe_open(path, framework="pt", device=device)
-    except SafetensorError as error:
-        raise ValueError(f"expected a safetensors file, got {path} ({error}); check the download") from error
+        if not Path(path).is_file():  # also keeps pipes and devices from being read
+            raise FileNotFoundError(path)
+        return TensorFile(path, device)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"expected a safetensors file, got {describe(Path(path), error)}") from error
 
 
 def read_metadata(path: str | os.PathLike) -> dict:
     """Header of a checkpoint: "config" parsed from JSON, every other entry the string it is.
 
     LTX-2.3: config has the parts "transformer", "vae", "scheduler"; "model_version" is a plain string.
-    Raises ValueError when the file is not a safetensors file or has no config.
+    Raises ValueError when the file is not a safetensors file, has no config, or is known to be another model.
     """
     with open_file(path) as file:
-        metadata = dict(file.metadata() or {})
+        metadata, names = dict(file.metadata()), file.keys()
+    if "config" in metadata:
+        try:
+            metadata["config"] = json.loads(metadata["config"])
+        except json.JSONDecodeError as error:
+            raise ValueError(f"expected JSON in 'config' of {path}, got {error}; the file is damaged") from error
+        if not isinstance(metadata["config"], dict):
+            got = f"{metadata['config']!r:.40}"
+            raise ValueError(f"expected an object in 'config' of {path}, got {got}; use {SINGLE_FILE}")
+    if other := stranger(metadata, names):
+        raise ValueError(f"expected an LTX-2.3 checkpoint at {path}, got {other}")
     if "config" not in metadata:
-        raise ValueError(f"expected a 'config' entry in the header of {path}, got {sorted(metadata)}; use a checkpoint")
-    try:
-        metadata["config"] = json.loads(metadata["config"])
-    except json.JSONDecodeError as error:
-        raise ValueError(f"expected JSON in 'config' of {path}, got {error}; the file is damaged") from error
+        got = sorted(metadata) or "an empty header"
+        raise ValueError(f"expected a 'config' entry in the header of {path}, got {got}; use {SINGLE_FILE}")
     return metadata
+
+
+def check_weights(module: nn.Module, path: str | os.PathLike, prefix: str) -> None:
+    """Everything load_weights would refuse, found from the table alone: no number is read.
+
+    Raises ValueError naming the tensor when one is missing, has another shape or is no floating-point tensor.
+    """
+    with open_file(path) as file:
+        _check(file, path, module.state_dict(), prefix)
+
+
+def _check(file: TensorFile, path: str | os.PathLike, wanted: dict[str, Tensor], prefix: str) -> None:
+    stored = set(file.keys())
+    missing = [prefix + name for name in wanted if prefix + name not in stored]
+    if missing:
+        metadata = {key: value for key, value in file.metadata().items() if key != "config"}
+        if other := stranger(metadata, stored):
+            raise ValueError(f"expected tensor {missing[0]} in {path}, got {other}")
+        total = f"none ({len(missing)} of {len(wanted)} missing)"
+        raise ValueError(f"expected tensor {missing[0]} in {path}, got {total}; download {SINGLE_FILE} again")
+    for name, like in wanted.items():
+        entry, shape = file.get_slice(prefix + name), tuple(like.shape)
+        if (found := tuple(entry.get_shape())) != shape:
+            raise ValueError(f"expected {prefix + name} of shape {shape} in {path}, got {found}; "
+                             "use a file whose config fits its tensors")
+        if not TYPES.get(entry.get_dtype(), torch.uint8).is_floating_point:
+            raise ValueError(f"expected floating-point numbers in {prefix + name} of {path}, got {entry.get_dtype()}; "
+                             f"use {SINGLE_FILE}")
 
 
 def load_weights(
@@ -72,24 +189,130 @@ def load_weights(
     branch, vocoder) is never touched. dtype None keeps the stored dtype; a parameter that the module holds in float8
     (see memory.py) stays float8. change(name in the module, tensor) returns the tensor to use instead, before it is
     rounded to its final type: this is where lora.py fuses.
-    Raises ValueError naming the tensor when one is missing or has another shape.
+    Raises ValueError naming the tensor when one is missing or has another shape, before anything is read.
     """
-    wanted = module.state_dict()
-    with open_file(path, str(device)) as file:
-        stored = set(file.keys())
-        missing = [prefix + name for name in wanted if prefix + name not in stored]
-        if missing:
-            raise ValueError(f"expected tensor {missing[0]} in {path}, got {len(missing)} missing; check the version")
-        state = {}
+    wanted, state = module.state_dict(), {}
+    with open_file(path, device) as file:
+        _check(file, path, wanted, prefix)
         for name, like in wanted.items():
-            shape, found = tuple(like.shape), tuple(file.get_slice(prefix + name).get_shape())
-            if found != shape:
-                raise ValueError(f"expected {prefix + name} of shape {shape}, got {found}; check the config")
             tensor = file.get_tensor(prefix + name)
             final = like.dtype if like.dtype == torch.float8_e4m3fn else dtype or tensor.dtype
             state[name] = (tensor if change is None else change(name, tensor)).to(final)
     module.load_state_dict(state, strict=True, assign=True)
     return module
+
+
+# ------------------------------------------------------------ files of another kind
+
+# The first bytes of a file that is not safetensors -> what it is, what to do.
+BEGINNINGS = {
+    b"GGUF": ("a GGUF file (numbers packed for other programs)", f"use {SINGLE_FILE}"),
+    b"PK\x03\x04": ("a zip archive, the form of .pt and .ckpt files, which can run code and are never opened",
+                    "use a .safetensors file"),
+    b"\x80": ("a pickle (.pt, .ckpt, .bin), which can run code and is never opened", "use a .safetensors file"),
+    b"version https://git-lfs": ("a git-lfs pointer, not the file it points to", "run git lfs pull"),
+    b"<": ("a web page", "download the file itself, after accepting its licence where one is asked for"),
+    b"{": ("a JSON text, perhaps the index of a folder", "give the .safetensors file"),
+}  # fmt: skip
+
+
+def describe(path: Path, error: Exception) -> str:
+    """What stands at a path that cannot be opened as safetensors: "<thing> at <path>; <what to do>"."""
+    if path.is_dir():
+        if (path / "model_index.json").exists() or (path / "transformer").is_dir():
+            return f"a diffusers folder at {path}; give the single file {SINGLE_FILE} instead"
+        if (path / "tokenizer.json").exists():
+            return f"the folder of a text model at {path}; that is for --gemma-root, give {SINGLE_FILE} here"
+        return f"a folder at {path}; give the .safetensors file"
+    if not path.is_file():
+        return f"no file at {path}; check the path"
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(64)
+            length = int.from_bytes(start[:8], "little")  # a safetensors file: 8 bytes of length, then a JSON table
+            table = file.read(length - 56) if start[8:9] == b"{" and length < 10**8 else None
+    except OSError as problem:
+        return f"an unreadable one at {path} ({problem.strerror}); check its permissions"
+    if size == 0:
+        return f"an empty file at {path}; download it again"
+    if table is not None:
+        return f"{_cut_off(start[8:] + table, length, size) or f'a damaged one ({error})'} at {path}; download it again"
+    for beginning, (thing, advice) in BEGINNINGS.items():
+        if start.startswith(beginning):
+            return f"{thing} at {path}; {advice}"
+    return f"a file of another kind at {path} ({error}); use {SINGLE_FILE}"
+
+
+def _cut_off(table: bytes, length: int, size: int) -> str | None:
+    whole = 8 + length
+    if size >= whole:
+        try:
+            rows = json.loads(table[:length])
+            whole += max((row["data_offsets"][1] for name, row in rows.items() if name != "__metadata__"), default=0)
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+            return None
+    at_least = "" if whole > 8 + length else "at least "
+    return f"a download that was cut off: {size:,} of {at_least}{whole:,} bytes" if size < whole else None
+
+
+# LTX-2.3: switches its config does not have, and what their absence means. Another value means a later model.
+LATER = {"ff_bias": True, "use_prompt_adaln_single": True, "use_keyframes_abs_pos_embedding": False,
+         "connector_ff_bias": True}  # fmt: skip
+LORA_MARKS = (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", ".lora.down.", ".lora.up.", ".dora_scale")
+DIFFUSERS_MARKS = ("proj_in.", "time_embed.", "transformer_blocks.", "encoder.", "decoder.", "connectors.")
+
+
+def stranger(metadata: dict, names: Iterable[str]) -> str | None:
+    """What a readable safetensors file is, if it is known not to be an LTX-2.3 checkpoint: "<thing>; <what to do>".
+
+    metadata: the header, "config" parsed. None when nothing speaks against the file; only positive evidence counts,
+    because a checkpoint may leave out what it does not need. LTX-2.3 has no caption_projection, which its elders have.
+    """
+    names = list(names)
+    if any(mark in name for name in names for mark in LORA_MARKS):
+        return f"a LoRA; give it with --lora, and {SINGLE_FILE} as the checkpoint"
+    config = metadata.get("config", {})
+    settings = config.get("transformer")
+    settings = settings if isinstance(settings, dict) else {}
+    if other := generation(metadata.get("model_version", ""), settings, names):
+        return f"{other}; use {SINGLE_FILE}"
+    if any(name.endswith((".weight_scale", ".scale_weight", ".weight_scale_2")) for name in names):
+        return f"weights packed with scales (an fp8 or fp4 file); use {SINGLE_FILE}, which is bf16"
+    if not config and any(name.endswith("embed_tokens.weight") for name in names):
+        return f"a text model without a 'config' entry; that is for --gemma-root, use {SINGLE_FILE} here"
+    if not config and names and all(name.startswith(DIFFUSERS_MARKS) for name in names):
+        return f"one part of a diffusers folder, without a 'config' entry; use the single file {SINGLE_FILE}"
+    return None
+
+
+def generation(version: str, settings: dict, names: list[str]) -> str | None:
+    """Which relative of LTX-2.3 a file holds and how that shows; None when it may be LTX-2.3.
+
+    version: "model_version" of the header; settings: config["transformer"]; names: of all tensors.
+    """
+    number = re.match(r"(\d+)\.(\d+)", version)
+    release = (int(number[1]), int(number[2])) if number else (2, 3)
+    kind = settings.get("_class_name")
+    elder = any("caption_projection." in name for name in names)
+    sound = any("audio" in name for name in names)
+    if kind == "Transformer3DModel" or release < (1, 0) or (elder and not sound and kind is None and not number):
+        told = (f"_class_name {kind}" if kind else f"model_version {version!r}" if number else
+                "caption_projection tensors")  # fmt: skip
+        return f"LTX-Video 0.9, an older model ({told})"
+    if release < (2, 3) or elder or (kind == "AVTransformer3DModel" and "cross_attention_adaln" not in settings):
+        told = (f"model_version {version!r}" if release < (2, 3) else
+                "caption_projection tensors" if elder else "no cross_attention_adaln in its config")  # fmt: skip
+        return f"LTX-2.0, an older model ({told})"
+    later = [f"{key} = {settings[key]}" for key, value in LATER.items() if settings.get(key, value) != value]
+    later += ["a tensor keyframes_abs_pos_embedding" for name in names if name.endswith("keyframes_abs_pos_embedding")]
+    if release > (2, 3) or later:
+        told = f"model_version {version!r}" if release > (2, 3) else later[0]
+        return f"LTX-{version if release > (2, 3) else '2.5'}, a later model ({told})"
+    return None
+
+
+# ------------------------------------------------------------ writing
 
 
 def save_checkpoint(

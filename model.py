@@ -443,6 +443,10 @@ def ltx_sigmas(steps: int, tokens: int = 4096) -> Tensor:
     return torch.cat([shifted, torch.zeros(1)])
 
 
+# LTX-2.3: the levels the distilled checkpoint was trained for: 8 steps, one stream.
+DISTILLED_SIGMAS = (1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875, 0.0)
+
+
 def training_sigmas(tokens: int, normal: Tensor, uniform_value: Tensor, uniform_choice: Tensor) -> Tensor:
     """Noise levels to train at, one per sample, from three given draws of one shape. Returns that shape, float32.
 

@@ -28,39 +28,40 @@ Read next: evaluate.py
 
 import argparse
 import importlib.metadata
-import json
 import math
-import os
 import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from fractions import Fraction
 from pathlib import Path
 
-import av
-import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import load_weights, read_metadata
+import plan
+from checkpoint import check_weights, load_weights, read_metadata
 from guidance import BOTH, NULL, ORDERS, REF, TEXT, guide, stream_weights
-from lora import load_lora
+from lora import load_lora, lora_changes, read_lora
 from losses import clean_estimate
-from model import TransformerConfig, VideoTransformer, euler_step, ltx_sigmas
+from memory import OFFLOADS, cast_linears, load_streamed
+from model import DISTILLED_SIGMAS, TransformerConfig, VideoTransformer, euler_step, ltx_sigmas
 from reference import append_reference, drop_reference, encode_reference, letterbox, unpatchify
-from rope import PLACEMENTS, grid_to_positions, reference_grid, video_grid
-from text import TextEncoder
-from vae import VideoVAE, psnr
+from rope import PLACEMENTS, grid_to_positions, reference_grid, source_phase, video_grid
+from text import TextEncoder, check_text
+from vae import Tiling, VideoVAE, psnr
+from video import write_outputs
 
 TINY = Path(__file__).resolve().parent / "weights" / "tiny"
 # LTX-2.3: the official defaults; ref_scale is ours. A checkpoint's config["inference"] replaces any of them.
 INFERENCE = {"width": 768, "height": 512, "num_frames": 121, "frame_rate": 24.0, "steps": 30, "text_scale": 3.0,
-             "ref_scale": 2.0, "rescale": 0.0, "schedule_tokens": 4096, "reference_psnr_floor": None}
+             "ref_scale": 2.0, "rescale": 0.0, "stg_scale": 0.0, "stg_blocks": [28], "schedule_tokens": 4096,
+             "reference_psnr_floor": None}
+TRANSFORMER_PREFIX, VAE_PREFIX = "model.diffusion_model.", "vae."  # LTX-2.3: names in the file
 STREAM_NAMES = {NULL: "null", TEXT: "text", REF: "face", BOTH: "text+face"}
 LTX23_COMMAND = "--checkpoint-path ltx-2.3-22b-dev.safetensors --gemma-root gemma-3-12b-it-qat-q4_0-unquantized"
 EXAMPLES = f"""
@@ -68,6 +69,7 @@ examples:
   python sample.py --ref examples/ada.png --prompt "a person in a red shirt turns left in a park, in daylight"
   python sample.py --ref face.jpg --prompt "A woman of about 60 with grey hair laughs in the rain." \\
       {LTX23_COMMAND} --lora st-drc.safetensors
+  python sample.py --plan     what the real model needs, and which card holds it
 """
 
 
@@ -76,13 +78,15 @@ examples:
 def denoise(transformer: nn.Module, context: Tensor, null_context: Tensor, reference_tokens: Tensor | None,
             grid: tuple[int, int, int], frame_rate: float, scales: tuple[int, int], sigmas: Tensor, noise: Tensor,
             text_scale: float = 3.0, ref_scale: float = 2.0, order: str = "text_first", rescale: float = 0.0,
-            placement: str = "tass", progress: bool = False) -> Tensor:
+            placement: str = "tass", progress: bool = False, phase_scale: float = 1.0, stg_scale: float = 0.0,
+            stg_blocks: Sequence[int] = (28,)) -> Tensor:
     """Noise -> latent video (B, C, F, H, W), float32, for a whole batch at once.
 
     paper: three streams over video tokens with and without the appended reference. LTX-2.3: Euler steps on x0.
     context, null_context (B, N, D) or (1, N, D); reference_tokens (B, R, C) with R = H*W, or None for text only; grid
     (F, H, W) in latent cells; scales (time_scale, space_scale) of the VAE; sigmas (steps + 1,) falling to 0; noise
     (B, F*H*W, C). A stream without reference has no reference tokens at all; a stream of weight 0 is not run.
+    stg_scale, 0 = off: LTX-2.3's perturbed stream, self-attention switched off in stg_blocks; one more call per step.
     A sample does not depend on its neighbours in the batch unless rescale > 0 (LTX-2.3: one spread for the batch).
     Raises ValueError when an estimate is not finite, naming the step.
     """
@@ -91,6 +95,7 @@ def denoise(transformer: nn.Module, context: Tensor, null_context: Tensor, refer
         order, ref_scale = "text_first", 0.0  # what is left is ordinary text guidance
     video = grid_to_positions(video_grid(*grid), frame_rate, *scales).to(noise.device).expand(B, 3, L, 2)
     beside = grid_to_positions(reference_grid(*grid, placement), frame_rate, *scales)     # (3, R, 2)
+    phase = source_phase(placement, L, beside.shape[1], phase_scale)                      # None for ST-DRC
     contexts = {True: context.expand(B, -1, -1), False: null_context.expand(B, -1, -1)}   # (B, N, D) each
     names = ", ".join(STREAM_NAMES[stream] for stream in stream_weights(text_scale, ref_scale, order))
 
@@ -98,14 +103,18 @@ def denoise(transformer: nn.Module, context: Tensor, null_context: Tensor, refer
     for i in tqdm(range(steps), desc=f"denoise [{names}]", unit="step", disable=not progress):
         sigma = sigmas[i].to(noise.device).expand(B)                                      # (B,)
 
-        def predict(text: bool, ref: bool, x: Tensor = x, sigma: Tensor = sigma) -> Tensor:
-            tokens, timesteps, positions = x, sigma[:, None].expand(B, L), video
+        def predict(text: bool, ref: bool, skip: Sequence[int] = (), x: Tensor = x, sigma: Tensor = sigma) -> Tensor:
+            tokens, timesteps, positions, turn = x, sigma[:, None].expand(B, L), video, None
             if ref:
                 tokens, timesteps, positions = append_reference(tokens, timesteps, positions, reference_tokens, beside)
-            velocity = transformer(tokens, timesteps, sigma, positions, contexts[text])   # (B, L or S, C)
+                turn = phase
+            velocity = transformer(tokens, timesteps, sigma, positions, contexts[text], skip_blocks=skip, phase=turn)
             return clean_estimate(x, drop_reference(velocity, L), sigma)                  # (B, L, C) float32
 
-        x0 = guide(predict, text_scale, ref_scale, order, rescale)                        # (B, L, C)
+        def perturb(text: bool, ref: bool, predict: Callable[..., Tensor] = predict) -> Tensor:
+            return predict(text, ref, stg_blocks)
+
+        x0 = guide(predict, text_scale, ref_scale, order, rescale, stg_scale, perturb)    # (B, L, C)
         if not x0.isfinite().all():
             raise ValueError(f"expected finite latents, got NaN or infinity at step {i + 1} of {steps}; "
                              "use --dtype float32 or lower the scales")
@@ -113,60 +122,98 @@ def denoise(transformer: nn.Module, context: Tensor, null_context: Tensor, refer
     return unpatchify(x, *grid)
 
 
+# ------------------------------------------------------------ stages: each loads its weights, works, and frees them
 def encode_prompts(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Contexts of the prompt and of the negative prompt, (1, N, D) each. The text encoder is freed on return."""
-    encoder = TextEncoder.load(args.checkpoint_path, args.gemma_root, device, dtype)
+    """Contexts of the prompt and of the negative prompt, (1, N, D) each."""
+    encoder = TextEncoder.load(args.checkpoint_path, args.gemma_root, device, dtype, args.offload)
     if (words := len(encoder.tokenizer.encode(args.prompt))) > encoder.length:
         warn(f"the prompt has {words} tokens, only the first {encoder.length} are read")
     # LTX-2.3: "null text" is the negative (or empty) prompt sent through the encoder, not a context of zeros.
     return encoder.encode([args.prompt, args.negative_prompt]).split(1)
 
 
-@torch.no_grad()
-def run(args: argparse.Namespace, config: dict, canvas: Tensor) -> None:
-    """Text, reference, denoising, decoding, files: one after the other. args from `resolve`, canvas (1, 3, h, w)."""
-    seconds: dict[str, float] = {}
-    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    with stage("text", seconds, device):
-        context, null_context = encode_prompts(args, device, dtype)
+def load_vae(args: argparse.Namespace, config: dict, device: torch.device, dtype: torch.dtype) -> VideoVAE:
+    with torch.device("meta"):
+        vae = VideoVAE(config["vae"])
+    return load_weights(vae, args.checkpoint_path, VAE_PREFIX, dtype, device)
 
-    with stage("reference", seconds, device):
-        with torch.device("meta"):
-            vae = VideoVAE(config["vae"])
-        load_weights(vae, args.checkpoint_path, "vae.", dtype, device)
-        picture = canvas.to(device, dtype)                                                # (1, 3, h, w)
-        reference = encode_reference(vae.encode, picture)                                 # (1, R, C)
-        seen = vae.decode(unpatchify(reference, 1, args.height // vae.space_scale, args.width // vae.space_scale))
-        fidelity = psnr(seen[:, :, 0].float(), picture.float()).item()
+
+def encode_face(args: argparse.Namespace, config: dict, canvas: Tensor, device: torch.device,
+                dtype: torch.dtype) -> tuple[Tensor, float]:
+    """Reference tokens (1, R, C) and how well the VAE redraws them, in dB."""
+    vae = load_vae(args, config, device, dtype)
+    picture = canvas.to(device, dtype)                                                    # (1, 3, h, w)
+    reference = encode_reference(vae.encode, picture)                                     # (1, R, C)
+    seen = vae.decode(unpatchify(reference, 1, args.height // vae.space_scale, args.width // vae.space_scale))
+    fidelity = psnr(seen[:, :, 0].float(), picture.float()).item()
     floor = config.get("inference", {}).get("reference_psnr_floor")
     if floor is not None and fidelity < floor:  # a VAE that cannot redraw a picture has never seen its kind
         warn(f"the reference survives encoding at {fidelity:.1f} dB, below {floor:g}: this checkpoint only knows the "
              f"procedural world's people, so the face will not be followed; {LTX23_COMMAND} load LTX-2.3")
+    return reference, fidelity
 
+
+def load_transformer(args: argparse.Namespace, config: dict, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The transformer with its LoRAs, in float8 and streamed if asked for."""
+    with torch.device("meta"):
+        transformer = VideoTransformer(TransformerConfig.from_checkpoint(config["transformer"]))
+    # Fused while loading: before rounding to float8, and again and again where blocks are read from disk in every step.
+    change = lora_changes(transformer, args.lora) if args.lora_mode == "fused" else None
+    if args.quantization == "fp8-cast":
+        cast_linears(transformer.transformer_blocks)
+    load_streamed(transformer, "transformer_blocks", args.checkpoint_path, TRANSFORMER_PREFIX, dtype, device,
+                  args.offload, change)
+    if args.lora_mode == "applied":
+        for path, strength in args.lora:
+            load_lora(transformer, path, strength, fuse=False)
+    return transformer.eval()
+
+
+def generate(args: argparse.Namespace, config: dict, contexts: tuple[Tensor, Tensor], reference: Tensor,
+             vae: VideoVAE, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Latent video (1, C, F, H, W). vae: for its scales alone, it needs no weights."""
+    transformer = load_transformer(args, config, device, dtype)
+    scales = (vae.time_scale, vae.space_scale)
+    grid = ((args.num_frames - 1) // scales[0] + 1, args.height // scales[1], args.width // scales[1])
+    generator = torch.Generator().manual_seed(args.seed)
+    noise = torch.randn(1, math.prod(grid), vae.latent_channels, generator=generator).to(device)
+    sigmas = torch.tensor(DISTILLED_SIGMAS) if args.distilled else ltx_sigmas(args.num_inference_steps,
+                                                                              args.schedule_tokens)
+    return denoise(transformer, *contexts, reference, grid, args.frame_rate, scales, sigmas, noise, args.text_scale,
+                   args.ref_scale, args.order, args.rescale, args.placement, True, args.phase_scale, args.stg_scale,
+                   args.stg_blocks)
+
+
+def decode(args: argparse.Namespace, config: dict, latent: Tensor, device: torch.device,
+           dtype: torch.dtype) -> Iterator[Tensor]:
+    """Runs of finished frames (3, f, h, w), each made when it is asked for."""
+    vae = load_vae(args, config, device, dtype)
+    for frames in vae.decode_tiles(latent.to(dtype), None if args.no_tiling else Tiling()):
+        yield frames[0]
+
+
+@torch.no_grad()
+def run(args: argparse.Namespace, config: dict, canvas: Tensor) -> None:
+    """Text, reference, denoising, decoding and files: one after the other, so that only one part's weights are loaded.
+
+    args from `resolve`, canvas (1, 3, h, w).
+    """
+    seconds: dict[str, float] = {}
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    with torch.device("meta"):
+        shapes = VideoVAE(config["vae"])
+    with stage("text", seconds, device):
+        contexts = encode_prompts(args, device, dtype)
+    with stage("reference", seconds, device):
+        reference, fidelity = encode_face(args, config, canvas, device, dtype)
     with stage("denoise", seconds, device):
-        with torch.device("meta"):
-            transformer = VideoTransformer(TransformerConfig.from_checkpoint(config["transformer"]))
-        load_weights(transformer, args.checkpoint_path, "model.diffusion_model.", dtype, device).eval()
-        if args.lora:
-            load_lora(transformer, *args.lora)
-        scales = (vae.time_scale, vae.space_scale)
-        grid = ((args.num_frames - 1) // scales[0] + 1, args.height // scales[1], args.width // scales[1])
-        generator = torch.Generator().manual_seed(args.seed)
-        noise = torch.randn(1, math.prod(grid), vae.latent_channels, generator=generator).to(device)
-        sigmas = ltx_sigmas(args.num_inference_steps, args.schedule_tokens)
-        latent = denoise(transformer, context, null_context, reference, grid, args.frame_rate, scales, sigmas, noise,
-                         args.text_scale, args.ref_scale, args.order, args.rescale, args.placement, progress=True)
-        del transformer  # before decoding, which needs the room
-
-    with stage("decode", seconds, device):
-        video = vae.decode(latent.to(dtype))[0].float().cpu()                             # (3, F, h, w)
-        if not video.isfinite().all():
-            raise ValueError("expected finite pixels, got NaN or infinity after decoding; use --dtype float32")
+        latent = generate(args, config, contexts, reference, shapes, device, dtype)
     packages = ("torch", "safetensors", "numpy", "pillow", "av")
     record = {"arguments": settings(args), "seed": args.seed, "device": args.device, "dtype": args.dtype,
               "versions": {"python": sys.version.split()[0], **{p: importlib.metadata.version(p) for p in packages}},
               "reference_psnr_db": round(fidelity, 2), "seconds": seconds}
-    write_outputs(args.output_path, video, canvas[0], args.frame_rate, record)
+    write_outputs(args.output_path, decode(args, config, latent, device, dtype), args.num_frames, canvas[0],
+                  args.frame_rate, record)
 
 
 @contextmanager
@@ -177,63 +224,6 @@ def stage(name: str, seconds: dict[str, float], device: torch.device):
         torch.cuda.synchronize()  # otherwise the clock stops before the work does
         torch.cuda.empty_cache()
     seconds[name] = round(time.perf_counter() - start, 2)
-
-
-# ------------------------------------------------------------ files
-def to_frames(video: Tensor, factor: int) -> np.ndarray:
-    """(3, F, h, w) in [-1, 1] -> (F, h*factor, w*factor, 3) uint8, enlarged bicubically."""
-    frames = video.transpose(0, 1)                                                        # (F, 3, h, w)
-    if factor > 1:
-        frames = nn.functional.interpolate(frames, scale_factor=factor, mode="bicubic")
-    return ((frames.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-
-
-def write_video(path: Path, frames: np.ndarray, frame_rate: float) -> None:
-    """frames (F, h, w, 3) uint8 -> H.264 in an mp4 that any browser plays."""
-    with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
-        rate = Fraction(frame_rate).limit_denominator(1001)
-        stream = container.add_stream("libx264", rate=rate, options={"crf": "14"})
-        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
-        stream.codec_context.thread_count = 1  # x264 notes the number of threads in the file: same seed, same bytes
-        # Players guess the colour matrix when it is not said, and skin turns pink or green.
-        stream.codec_context.colorspace = av.video.reformatter.Colorspace.ITU709
-        stream.codec_context.color_range = av.video.reformatter.ColorRange.MPEG
-        for pixels in frames:
-            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-            frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-
-
-def contact_sheet(reference: np.ndarray, frames: np.ndarray) -> Image.Image:
-    """The reference (h, w, 3) beside up to five evenly spaced frames, thin grey gaps between."""
-    picks = np.linspace(0, len(frames) - 1, min(5, len(frames))).round().astype(int)
-    gap = np.full((len(reference), 4, 3), 128, np.uint8)
-    return Image.fromarray(np.concatenate([reference] + [part for i in picks for part in (gap, frames[i])], axis=1))
-
-
-def write_outputs(path: Path, video: Tensor, canvas: Tensor, frame_rate: float, record: dict) -> None:
-    """mp4, png and json, written beside their places and renamed at the very end, so that no half file is ever seen.
-
-    Small videos are enlarged by a whole factor to a shorter side of at least 384, the longer one up to 4096.
-    """
-    start, (h, w) = time.perf_counter(), video.shape[-2:]
-    factor = max(1, min(math.ceil(384 / min(h, w)), 4096 // max(h, w)))
-    frames = to_frames(video, factor)
-    targets = [path, path.with_suffix(".png"), path.with_suffix(".json")]
-    beside = [p.with_name(f".{p.stem}.{os.getpid()}{p.suffix}") for p in targets]
-    try:
-        write_video(beside[0], frames, frame_rate)
-        contact_sheet(to_frames(canvas[:, None], factor)[0], frames).save(beside[1])
-        record |= {"model_size": [len(frames), h, w], "output_size": list(frames.shape[:3]), "enlarged": factor,
-                   "files": [target.name for target in targets]}
-        record["seconds"]["write"] = round(time.perf_counter() - start, 2)
-        beside[2].write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        for temporary, target in zip(beside, targets, strict=True):
-            os.replace(temporary, target)
-    finally:
-        for temporary in beside:
-            temporary.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------ what the user asked for, checked before any heavy work
@@ -248,12 +238,15 @@ def build_parser() -> Parser:
     parser = Parser("sample.py", description="A face and a prompt in, a video of that person out (ST-DRC on LTX-2.3).",
                     epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add, known = parser.add_argument, {k: f"(default: the checkpoint's, else {v})" for k, v in INFERENCE.items()}
-    add("--ref", type=Path, required=True, metavar="PICTURE", help="the face, any format and size (required)")
-    add("--prompt", required=True, help="what happens, beginning with a description of the person (required)")
+    add("--ref", type=Path, metavar="PICTURE", help="the face, any format and size (required)")
+    add("--prompt", help="what happens, beginning with a description of the person (required)")
     add("--negative-prompt", default="", help="what to steer away from (default: empty)")
-    add("--checkpoint-path", type=Path, default=TINY / "model.safetensors", help="(default: %(default)s)")
-    add("--gemma-root", type=Path, default=TINY / "gemma", help="folder of the text model (default: %(default)s)")
-    add("--lora", nargs="+", metavar=("PATH", "STRENGTH"), help="LoRA file and strength (default: none, strength 1)")
+    add("--checkpoint-path", type=Path, help=f"(default: {TINY / 'model.safetensors'})")
+    add("--gemma-root", type=Path, help=f"folder of the text model (default: {TINY / 'gemma'})")
+    add("--lora", nargs="+", action="append", default=[], metavar=("PATH", "STRENGTH"),
+        help="LoRA file and strength; give it again for another (default: none, strength 1)")
+    add("--lora-mode", choices=("fused", "applied"), default="fused",
+        help="added into the weights, or kept beside them: exact, slower (default: %(default)s)")
     add("--output-path", type=Path, default=Path("out.mp4"), help="(default: %(default)s; .png and .json beside it)")
     add("--seed", type=int, default=0, help="(default: %(default)s)")
     add("--height", type=int, help=f"pixels {known['height']}")
@@ -264,30 +257,38 @@ def build_parser() -> Parser:
     add("--text-scale", type=float, help=f"1 = prompt not amplified {known['text_scale']}")
     add("--ref-scale", type=float, help=f"1 = face not amplified, 0 = no face {known['ref_scale']}")
     add("--rescale", type=float, help=f"0 = off, 0.7 calms burnt colours {known['rescale']}")
+    add("--stg-scale", type=float, help=f"perturbed stream, LTX-2.3 uses 1, 0 = off {known['stg_scale']}")
+    add("--stg-blocks", type=int, nargs="+", metavar="BLOCK", help=f"what it perturbs {known['stg_blocks']}")
+    add("--distilled", action="store_true", help="distilled weights: 8 fixed steps, one stream, no scales (default: off)")
     add("--order", choices=ORDERS, default=ORDERS[0], help="how the streams are summed (default: %(default)s)")
     add("--placement", choices=sorted(PLACEMENTS), help="reference positions (default: as trained, else tass)")
+    add("--force-placement", action="store_true", help="--placement although trained with another (default: off)")
+    add("--phase-scale", type=float, default=1.0, help="turn of overlap_phase's reference tokens (default: %(default)s)")
+    add("--offload", choices=OFFLOADS, default="none", help="where layers wait for their turn (default: %(default)s)")
+    add("--quantization", choices=("none", "fp8-cast"), default="none",
+        help="fp8-cast: one byte per number of the transformer's matrices (default: %(default)s)")
+    add("--no-tiling", action="store_true", help="decode the video in one piece: exact, large (default: off)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="(default: float32 on CPU, else bf16)")
     add("--dry-run", action="store_true", help="check everything, print the settings, write nothing (default: off)")
+    add("--plan", action="store_true", help="print what fits on which card, and why; loads nothing (default: off)")
     return parser
 
 
 def resolve(args: argparse.Namespace) -> tuple[dict, Tensor]:
-    """Fill in every default and check everything that can be checked cheaply.
+    """Fill in every default and check everything that can be checked without reading weights.
 
     Returns the checkpoint's config and the letterboxed reference (1, 3, h, w). Raises ValueError on the first mistake.
     """
+    args.checkpoint_path = args.checkpoint_path or TINY / "model.safetensors"
+    args.gemma_root = args.gemma_root or TINY / "gemma"
     check_paths(args)
     metadata = read_metadata(args.checkpoint_path)
     config = metadata["config"]
-    try:
-        with torch.device("meta"):
-            vae = VideoVAE(config["vae"])  # no weights yet, only its arithmetic
-        limit = min(config["transformer"]["positional_embedding_max_pos"][1:])
-    except KeyError as error:
-        raise ValueError(f"expected {error} in the config, got none; use an LTX-2.3 checkpoint") from error
-    resolve_placement(args, metadata)
+    transformer, vae = check_parts(args, config)
+    resolve_loras(args, transformer, metadata)
     resolve_numbers(args, {**INFERENCE, **config.get("inference", {})}, vae)
+    resolve_streams(args, transformer.config.num_layers)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("expected a CUDA device, got none on this machine; use --device cpu")
     if args.device == "auto":
@@ -298,9 +299,25 @@ def resolve(args: argparse.Namespace) -> tuple[dict, Tensor]:
     if not args.prompt.strip():
         warn("the prompt is empty, so the video shows whatever the model likes")
     # paper: TASS puts the reference beyond the video, up to twice its size. LTX-2.3: trained up to 2048 pixels.
+    limit = min(transformer.config.max_pos[1:])
     if (side := max(args.height, args.width)) * 2 > limit:
         warn(f"a side of {side} px puts reference positions beyond the trained {limit} px; stay within {limit // 2} px")
     return config, canvas
+
+
+def check_parts(args: argparse.Namespace, config: dict) -> tuple[VideoTransformer, VideoVAE]:
+    """Transformer and VAE as shapes; every tensor that will be read is there, and the text model belongs to it."""
+    try:
+        sizes = TransformerConfig.from_checkpoint(config["transformer"])
+        with torch.device("meta"):
+            transformer, vae = VideoTransformer(sizes), VideoVAE(config["vae"])
+    except KeyError as error:
+        raise ValueError(f"expected {error} in the config of {args.checkpoint_path}, got none; "
+                         "use an LTX-2.3 checkpoint") from error
+    check_weights(transformer, args.checkpoint_path, TRANSFORMER_PREFIX)
+    check_weights(vae, args.checkpoint_path, VAE_PREFIX)
+    check_text(args.checkpoint_path, args.gemma_root)
+    return transformer, vae
 
 
 def check_paths(args: argparse.Namespace) -> None:
@@ -321,13 +338,13 @@ def check_paths(args: argparse.Namespace) -> None:
     for name in ("config.json", "tokenizer.json"):
         if not (args.gemma_root / name).is_file():
             raise ValueError(f"expected {name} in the Gemma folder {args.gemma_root}, got none; check --gemma-root")
-    if args.lora:
-        path, strength = (args.lora + ["1"])[:2]
-        if len(args.lora) > 2 or not is_finite(strength):
-            raise ValueError(f"expected --lora PATH [STRENGTH], got {' '.join(args.lora)}; use for example 1.0")
-        if not Path(path).is_file():
-            raise ValueError(f"expected a LoRA file, got no file at {path}; check --lora")
-        args.lora = [path, float(strength)]
+    for i, given in enumerate(args.lora):
+        path, strength = (given + ["1"])[:2]
+        if len(given) > 2 or not is_finite(strength):
+            raise ValueError(f"expected --lora PATH [STRENGTH], got {' '.join(given)}; use for example 1.0")
+        args.lora[i] = (path, float(strength))
+    if args.lora and args.lora_mode == "applied" and args.offload != "none":
+        raise ValueError("expected --lora-mode fused with --offload, got applied; leave one of them out")
 
 
 def is_finite(text: str) -> bool:
@@ -337,29 +354,38 @@ def is_finite(text: str) -> bool:
         return False
 
 
-def resolve_placement(args: argparse.Namespace, metadata: dict) -> None:
-    """The placement the weights were trained with; the LoRA, which is trained last, has the last word."""
-    trained = metadata.get("reference_placement")
-    if args.lora:
-        try:
-            with safe_open(args.lora[0], "pt") as file:
-                trained = (file.metadata() or {}).get("reference_placement", trained)
-        except SafetensorError as error:
-            raise ValueError(f"expected a LoRA file, got {args.lora[0]} ({error}); check --lora") from error
-    if trained is None:
+def resolve_loras(args: argparse.Namespace, transformer: VideoTransformer, metadata: dict) -> None:
+    """Check that the LoRAs fit, and settle where the reference goes: as the last trained of the files says."""
+    said = {}  # what each LoRA was trained with
+    for path, _ in args.lora:
+        lora = read_lora(path, transformer)
+        if lora.audio_keys:
+            print(f"note: {path} also holds {lora.audio_keys} tensors of the audio half, which is left out here")
+        if "reference_placement" in lora.metadata:
+            said[path] = lora.metadata["reference_placement"]
+    if not said and "reference_placement" in metadata:
+        said[args.checkpoint_path] = metadata["reference_placement"]
+    for path, placement in said.items():
+        reference_grid(1, 1, 1, placement)  # complains about a name it does not know
+        wanted = args.placement or next(iter(said.values()))
+        if placement != wanted and not args.force_placement:
+            raise ValueError(f"expected --placement {placement} (as {path} was trained), got {wanted}; leave --placement "
+                             "out, or add --force-placement to see what happens")
+    if not said:
         warn("neither checkpoint nor LoRA says that it was trained with references; the face may be ignored")
-    elif args.placement not in (None, trained):
-        raise ValueError(f"expected --placement {trained} (as trained), got {args.placement}; leave --placement out")
-    args.placement = args.placement or trained or "tass"
-    reference_grid(1, 1, 1, args.placement)  # complains about a name it does not know
+    args.placement = args.placement or next(iter(said.values()), "tass")
 
 
 def resolve_numbers(args: argparse.Namespace, defaults: dict, vae: VideoVAE) -> None:
-    for name in ("height", "width", "num_frames", "frame_rate", "text_scale", "ref_scale", "rescale"):
+    steps = len(DISTILLED_SIGMAS) - 1 if args.distilled else defaults["steps"]
+    if args.distilled and args.num_inference_steps not in (None, steps):
+        raise ValueError(f"expected {steps} steps with --distilled, got {args.num_inference_steps}; "
+                         "leave --num-inference-steps out")
+    args.num_inference_steps = steps if args.num_inference_steps is None else args.num_inference_steps
+    for name in ("height", "width", "num_frames", "frame_rate", "text_scale", "ref_scale", "rescale", "stg_scale",
+                 "stg_blocks"):
         if getattr(args, name) is None:
             setattr(args, name, defaults[name])
-    if args.num_inference_steps is None:
-        args.num_inference_steps = defaults["steps"]
     args.schedule_tokens = defaults["schedule_tokens"]
     for name, step, offset in (("height", vae.space_scale, 0), ("width", vae.space_scale, 0),
                                ("num_frames", vae.time_scale, 1)):
@@ -370,10 +396,21 @@ def resolve_numbers(args: argparse.Namespace, defaults: dict, vae: VideoVAE) -> 
             near = f"{lower}" if value < lower else f"{lower} or {lower + step}"
             raise ValueError(f"expected --{name.replace('_', '-')} to be {rule}, got {value}; use {near}")
     for name, low, high in (("num_inference_steps", 1, 10_000), ("frame_rate", 1, 240), ("text_scale", 0, 1000),
-                            ("ref_scale", 0, 1000), ("rescale", 0, 1), ("seed", 0, 2**63 - 1)):
+                            ("ref_scale", 0, 1000), ("rescale", 0, 1), ("stg_scale", 0, 1000),
+                            ("phase_scale", -1000, 1000), ("seed", 0, 2**63 - 1)):
         if not low <= (value := getattr(args, name)) <= high:  # NaN fails too
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"expected {flag} between {low} and {high}, got {value}; leave it out for the default")
+
+
+def resolve_streams(args: argparse.Namespace, num_layers: int) -> None:
+    """LTX-2.3: distilled weights were trained to give the guided result in one pass, so guidance would apply it twice."""
+    if args.distilled:
+        args.text_scale = args.ref_scale = 1.0
+        args.rescale = args.stg_scale = 0.0
+        print("note: --distilled runs one stream; --text-scale, --ref-scale, --rescale and --stg-scale have no effect")
+    if args.stg_scale and (wrong := [block for block in args.stg_blocks if not 0 <= block < num_layers]):
+        raise ValueError(f"expected --stg-blocks between 0 and {num_layers - 1}, got {wrong[0]}; choose another")
 
 
 def load_canvas(path: Path, height: int, width: int) -> Tensor:
@@ -393,7 +430,7 @@ def load_canvas(path: Path, height: int, width: int) -> Tensor:
 def settings(args: argparse.Namespace) -> dict:
     """The resolved arguments and the weight of every stream that is run, as JSON can hold them."""
     weights = stream_weights(args.text_scale, args.ref_scale, args.order)
-    values = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    values = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items() if key != "plan"}
     return values | {"streams": {STREAM_NAMES[stream]: weight for stream, weight in weights.items()}}
 
 
@@ -401,13 +438,26 @@ def warn(text: str) -> None:
     print(f"warning: {text}", flush=True)
 
 
+def print_plan(args: argparse.Namespace) -> None:
+    """What fits on which card (plan.py); without --checkpoint-path for the 22B model at its own defaults."""
+    flags = ("height", "width", "num_frames", "text_scale", "ref_scale")
+    given = {name: getattr(args, name) for name in flags if getattr(args, name) is not None}
+    plan.print_plan(args.checkpoint_path, args.gemma_root, order=args.order, **given)
+
+
 def main(arguments: list[str] | None = None) -> int:
     start = time.perf_counter()
-    args = build_parser().parse_args(arguments)
+    parser = build_parser()
+    args = parser.parse_args(arguments)
+    if missing := [flag for flag in ("ref", "prompt") if getattr(args, flag) is None and not args.plan]:
+        parser.error(f"the following arguments are required: {', '.join('--' + flag for flag in missing)}")
     torch.set_flush_denormal(True)  # denormal numbers can slow a CPU convolution tenfold
     reasons = {"device": "asked for" if args.device != "auto" else "found", "seed": "noise drawn on the CPU",
                "dtype": "asked for" if args.dtype != "auto" else "the device's default"}
     try:
+        if args.plan:
+            print_plan(args)
+            return 0
         config, canvas = resolve(args)
         for name, reason in reasons.items():
             print(f"{name:8s}{getattr(args, name)} ({reason})")

@@ -29,6 +29,7 @@ our reading: the tiny stand-in has its own vocabulary, made by `train_bpe` in Ge
 Read next: vae.py
 """
 
+import copy
 import json
 import os
 import re
@@ -40,11 +41,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from checkpoint import load_weights, read_metadata
+from checkpoint import check_weights, load_weights, open_file, read_metadata
+from memory import stream_blocks
 from model import Attention, FeedForward
 from rope import rotary_tables
 
@@ -66,11 +67,12 @@ class Tokenizer:
     and keep joining the neighbouring pair that stands highest in the list of merges; (4) a character the vocabulary
     does not have becomes its UTF-8 bytes, one piece each, so nothing is ever unknown.
 
-    source: path of a tokenizer.json, or its parsed content. Raises ValueError for a tokenizer of another kind.
+    source: path of a tokenizer.json, or its parsed content. Raises ValueError when there is no such file, when it is
+    not JSON, and for a tokenizer of another kind.
     """
 
     def __init__(self, source: str | os.PathLike | dict):
-        data = source if isinstance(source, dict) else json.loads(Path(source).read_text(encoding="utf-8"))
+        data = source if isinstance(source, dict) else _read_json(Path(source))
         _check_tokenizer(data)
         self.vocab: dict[str, int] = dict(data["model"]["vocab"])
         # Gemma's file lists 514,906 merges: rank = place in the list. Old files write "a b", new ones ["a", "b"].
@@ -139,10 +141,26 @@ class Tokenizer:
         return data.decode("utf-8", "replace")
 
 
+def _read_json(path: Path) -> dict:
+    """One file of a Gemma folder: a JSON object."""
+    if not path.is_file():
+        raise ValueError(f"expected {path.name} in {path.parent}, got no such file; download the whole Gemma folder")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # broken JSON, or bytes that are no text
+        raise ValueError(f"expected JSON in {path}, got {error}; download it again") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"expected a JSON object in {path}, got a {type(data).__name__}; download it again")
+    return data
+
+
 def _check_tokenizer(data: dict) -> None:
-    model, normalizer = data.get("model", {}), data.get("normalizer") or {}
+    model, normalizer = data.get("model") or {}, data.get("normalizer") or {}
     if model.get("type") != "BPE" or not model.get("byte_fallback"):
-        raise ValueError(f"expected BPE with byte_fallback, got {model.get('type')}; use Gemma 3's tokenizer.json")
+        kind = f"{model['type']} without it" if "type" in model else "no 'model' of a known type"
+        raise ValueError(f"expected BPE with byte_fallback, got {kind}; use Gemma 3's tokenizer.json")
+    if absent := {"vocab", "merges"} - set(model):
+        raise ValueError(f"expected {min(absent)!r} in the model, got none; use Gemma 3's tokenizer.json")
     if missing := [piece for piece in SPECIAL_PIECES + BYTE_PIECES if piece not in model["vocab"]]:
         raise ValueError(f"expected {missing[0]} in the vocabulary, got none; use Gemma 3's tokenizer.json")
     if normalizer.get("pattern") != {"String": " "} or normalizer.get("content") != SPACE:
@@ -259,16 +277,19 @@ class GemmaConfig:
 
     @classmethod
     def from_folder(cls, folder: str | os.PathLike) -> "GemmaConfig":
-        """Read `config.json` of a Hugging Face folder."""
-        return cls.from_dict(json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")))
+        """Read `config.json` of a Hugging Face folder. Raises ValueError when it is absent or no Gemma 3."""
+        return cls.from_dict(_read_json(Path(folder) / "config.json"))
 
     @classmethod
     def from_dict(cls, config: dict) -> "GemmaConfig":
         """From the content of config.json: multimodal or text-only, with old or new names for the rotary settings.
 
-        Raises ValueError for settings that no released Gemma 3 uses (attention bias, score soft-capping, ...).
+        Raises ValueError for another family of models, and for settings that no released Gemma 3 uses (attention bias,
+        score soft-capping, ...).
         """
         config = config.get("text_config", config)
+        if (kind := config.get("model_type", "gemma3_text")) not in ("gemma3", "gemma3_text"):
+            raise ValueError(f"expected model_type gemma3 or gemma3_text, got {kind}; use a Gemma 3 folder")
         wanted = {"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False, "attn_logit_softcapping": None,
                   "use_bidirectional_attention": False}  # fmt: skip
         for key, value in wanted.items():
@@ -455,39 +476,73 @@ GEMMA_PREFIXES = (
 
 
 def load_gemma(
-    folder: str | os.PathLike, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+    folder: str | os.PathLike,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    offload: str = "none",
 ) -> GemmaTextModel:
     """Gemma 3 from a Hugging Face folder: config.json and one or several safetensors files.
 
-    dtype None keeps what is stored. Vision tower and output layer are ignored. Raises ValueError for a folder without
-    weights and for a missing or misshapen tensor (naming it).
+    dtype None keeps what is stored. offload "cpu" or "disk": the layers come one by one, see memory.py. Vision tower and
+    output layer are never read. Names and shapes are checked before the first number is. Raises ValueError for a folder
+    that lacks a file, for a file that is cut off or of another kind, and for a missing or misshapen tensor (naming it).
     """
     folder = Path(folder)
-    index = folder / "model.safetensors.index.json"
-    files = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
-    where: dict[str, Path] = {}
-    for path in (folder / name for name in sorted(files)):
-        if not path.exists():
-            raise ValueError(f"expected {path}, got no such file; download the whole Gemma folder")
-        with safe_open(path, framework="pt") as file:
+    with torch.device("meta"):
+        gemma = GemmaTextModel(GemmaConfig.from_folder(folder))
+    where, prefix = _find_gemma(folder, gemma.state_dict())
+
+    def fill(module: nn.Module, stem: str, onto: str | torch.device) -> nn.Module:
+        """The tensors of one part, whichever of the files they are in."""
+        names, tensors = list(module.state_dict()), {}
+        for path in sorted({where[prefix + stem + name] for name in names}):
+            with open_file(path, onto) as file:
+                for name in (n for n in names if where[prefix + stem + n] == path):
+                    tensors[name] = file.get_tensor(prefix + stem + name).to(dtype=dtype)
+        module.load_state_dict(tensors, strict=True, assign=True)
+        return module
+
+    if offload == "none":
+        return fill(gemma, "", device)
+    empty, gemma.layers = gemma.layers, nn.ModuleList()
+    fill(gemma, "", device)
+    gemma.layers = stream_blocks(
+        len(empty), lambda i, onto: fill(copy.deepcopy(empty[i]), f"layers.{i}.", onto), device, offload
+    )
+    return gemma
+
+
+def _find_gemma(folder: Path, expected: dict[str, Tensor]) -> tuple[dict[str, Path], str]:
+    """Which file holds which tensor, and the prefix in front of our names; raises ValueError on whatever is wrong."""
+    where, shapes = {}, {}
+    for path in _gemma_files(folder):
+        with open_file(path) as file:
             where.update(dict.fromkeys(file.keys(), path))
+            shapes.update((name, tuple(file.get_slice(name).get_shape())) for name in file.keys())
     prefix = next((p for p in GEMMA_PREFIXES if p + "embed_tokens.weight" in where), None)
     if prefix is None:
         raise ValueError(f"expected '...embed_tokens.weight' in {folder}, got none; is this a Gemma 3 folder?")
-    with torch.device("meta"):
-        gemma = GemmaTextModel(GemmaConfig.from_folder(folder))
-    tensors: dict[str, Tensor] = {}
-    expected = gemma.state_dict()
     if missing := [name for name in expected if prefix + name not in where]:
         raise ValueError(f"expected {prefix + missing[0]} in {folder}, got {len(missing)} missing; fetch all files")
-    for path in sorted(set(where.values())):
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            for name in (n for n in expected if where[prefix + n] == path):
-                tensors[name] = file.get_tensor(prefix + name).to(dtype=dtype)
-                if (got := tuple(tensors[name].shape)) != (want := tuple(expected[name].shape)):
-                    raise ValueError(f"expected {prefix + name} of shape {want}, got {got}; config.json disagrees")
-    gemma.load_state_dict(tensors, strict=True, assign=True)
-    return gemma
+    for name, like in expected.items():
+        if (want := tuple(like.shape)) != (got := shapes[prefix + name]):
+            raise ValueError(f"expected {prefix + name} of shape {want} in {folder}, got {got}; config.json disagrees")
+    return where, prefix
+
+
+def _gemma_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder: those its index lists, else the single one."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return [folder / "model.safetensors"]
+    listed = _read_json(index).get("weight_map")
+    if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+        raise ValueError(f"expected a 'weight_map' in {index}, got none; download it again")
+    files = [folder / name for name in sorted(set(listed.values()))]
+    if absent := [path.name for path in files if not path.is_file()]:
+        names = f"{absent[0]} and {len(absent) - 1} more" if len(absent) > 1 else absent[0]
+        raise ValueError(f"expected the {len(files)} files of {index}, got no {names}; download the whole Gemma folder")
+    return files
 
 
 def save_gemma(
@@ -609,6 +664,31 @@ EXTRACTOR_PREFIX = "text_embedding_projection."
 CONNECTOR_PREFIX = "model.diffusion_model.video_embeddings_connector."
 
 
+def check_text(
+    checkpoint: str | os.PathLike, gemma_root: str | os.PathLike
+) -> tuple[FeatureExtractor, Connector, GemmaConfig, int]:
+    """Whether a checkpoint and a Gemma folder fit together, from headers alone: both parts as shapes, Gemma's, and N.
+
+    Raises ValueError where they do not.
+    """
+    config = read_metadata(checkpoint)["config"].get("transformer") or {}
+    sizes = GemmaConfig.from_folder(gemma_root)
+    try:
+        with torch.device("meta"):
+            extractor = FeatureExtractor(config, sizes.hidden_size, sizes.num_hidden_layers + 1)
+            connector = Connector(config)
+    except KeyError as error:
+        raise ValueError(f"expected {error} in the config of {checkpoint}, got none; use a full header") from error
+    try:
+        check_weights(extractor, checkpoint, EXTRACTOR_PREFIX)
+    except ValueError as error:  # its width is Gemma's: the usual cause is another size of Gemma
+        which = f"{gemma_root} has {sizes.num_hidden_layers} layers of {sizes.hidden_size}"
+        hint = f", or the Gemma it was trained with: {which}" if "of shape" in str(error) else ""
+        raise ValueError(f"{error}{hint}") from error
+    check_weights(connector, checkpoint, CONNECTOR_PREFIX)
+    return extractor, connector, sizes, config.get("text_max_length", DEFAULT_TEXT_LENGTH)
+
+
 class TextEncoder(nn.Module):
     """Tokenizer, Gemma, extractor and connector in one. Keeps gradients unless called under torch.no_grad().
 
@@ -634,21 +714,22 @@ class TextEncoder(nn.Module):
         gemma_root: str | os.PathLike,
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
+        offload: str = "none",
     ) -> "TextEncoder":
         """From an LTX-2.3 checkpoint (extractor, connector) and a Gemma 3 folder (tokenizer, text model).
 
-        dtype None keeps what is stored. Raises ValueError where a file does not fit.
+        dtype None keeps what is stored. offload: how Gemma's layers come, see load_gemma. Everything is checked before
+        the first large read. Raises ValueError where a file does not fit.
         """
-        config = read_metadata(checkpoint)["config"]["transformer"]
-        gemma = load_gemma(gemma_root, dtype, device)
-        sizes = gemma.config
-        with torch.device("meta"):
-            extractor = FeatureExtractor(config, sizes.hidden_size, sizes.num_hidden_layers + 1)
-            connector = Connector(config)
+        extractor, connector, sizes, length = check_text(checkpoint, gemma_root)
+        tokenizer = Tokenizer(Path(gemma_root) / "tokenizer.json")
+        if (last := max(tokenizer.pieces)) >= sizes.vocab_size:
+            raise ValueError(f"expected ids below {sizes.vocab_size} (vocab_size of config.json), got {last} in "
+                             f"{gemma_root}/tokenizer.json; take both from one folder")
+        gemma = load_gemma(gemma_root, dtype, device, offload)
         load_weights(extractor, checkpoint, EXTRACTOR_PREFIX, dtype, device)
         load_weights(connector, checkpoint, CONNECTOR_PREFIX, dtype, device)
-        length = config.get("text_max_length", DEFAULT_TEXT_LENGTH)
-        return cls(Tokenizer(Path(gemma_root) / "tokenizer.json"), gemma, extractor, connector, length)
+        return cls(tokenizer, gemma, extractor, connector, length)
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """ids and mask, both (B, N), on the model's device."""

@@ -13,8 +13,16 @@ LTX-2.3: every number here (widths, block list, patch size) is read from the che
 and the 22B model run the same lines. There is no norm weight, no sampling (the log-variance channel is discarded) and
 no timestep conditioning.
 
+A long video does not fit into memory while it is decoded. `decode_tiles` decodes boxes of the latent that overlap
+their neighbours, fades one into the next, and yields every run of frames as soon as nothing later can change it. Boxes
+that were merely cut would show: each convolution pads its box with zeros, and a line appears along every border.
+
 Conventions. Video (B, 3, F, h, w) in [-1, 1]; latent (B, C, F', H, W) with zero mean and unit deviation per channel.
-F = time_scale * (F' - 1) + 1, h = space_scale * H, w = space_scale * W.
+F = time_scale * (F' - 1) + 1, h = space_scale * H, w = space_scale * W. Tile sizes are given in pixels and frames; 0 =
+that axis is not tiled, and no Tiling at all = `decode`, bit for bit.
+
+    for frames in vae.decode_tiles(latent, Tiling()):                         # (B, 3, f, h, w), f varies
+        writer.add(to_frames(frames[0]))                                      # video.py
 
 Read next: model.py, which denoises these latents.
 """
@@ -22,6 +30,9 @@ Read next: model.py, which denoises these latents.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as nnf
@@ -79,8 +90,9 @@ class CausalConv3d(nn.Module):
 
     def forward(self, x: Tensor, causal: bool) -> Tensor:
         first, last = x[:, :, :1], x[:, :, -1:]
-        pad = [first, first, x] if causal else [first, x, last]
-        return self.conv(torch.cat(pad, dim=2))                                           # (B, c_out, F, H, W)
+        x = torch.cat([first, first, x] if causal else [first, x, last], dim=2)
+        # Channels last in memory: PyTorch has a fast 3-D convolution for a CPU only in this layout.
+        return self.conv(x.contiguous(memory_format=torch.channels_last_3d))              # (B, c_out, F, H, W)
 
 
 class ResBlock(nn.Module):
@@ -208,6 +220,81 @@ class Decoder(nn.Module):
         return unpatch_pixels(x, self.patch)
 
 
+@dataclass(frozen=True)
+class Tiling:
+    """Size of the boxes that `decode_tiles` decodes at a time; LTX-2.3's defaults. 0 = do not tile this axis.
+
+    space, space_overlap: pixels along the longer side (the shorter one is scaled in proportion); time, time_overlap:
+    frames. Raises ValueError unless 0 <= overlap < tile.
+    """
+
+    space: int = 768
+    space_overlap: int = 64
+    time: int = 80
+    time_overlap: int = 24
+
+    def __post_init__(self) -> None:
+        for name, size, overlap in (("space", self.space, self.space_overlap), ("time", self.time, self.time_overlap)):
+            if size < 0 or overlap < 0 or (size and overlap >= size):
+                raise ValueError(f"expected a tile in {name} of 0 (off) or more than its overlap, got {size} with "
+                                 f"overlap {overlap}; use for example {getattr(Tiling, name)} with "
+                                 f"{getattr(Tiling, name + '_overlap')}")
+
+
+class Tile(NamedTuple):
+    """[start, end) of one axis, and over how many cells at either end it fades into a neighbour (0 = a true end)."""
+
+    start: int
+    end: int
+    left: int
+    right: int
+
+
+def tiles(length: int, size: int, overlap: int) -> list[Tile]:
+    """Cover `length` cells with tiles of `size` that share `overlap` cells. The last one may be shorter.
+
+    size 0, or at least the length: one tile and nothing to fade. tiles(10, 6, 2): [0, 6) fades into [4, 10).
+    """
+    if size == 0 or size >= length:
+        return [Tile(0, length, 0, 0)]
+    starts = range(0, length - overlap, size - overlap)
+    return [Tile(a, min(a + size, length), overlap if a else 0, overlap if a + size < length else 0) for a in starts]
+
+
+def time_tiles(length: int, size: int, overlap: int) -> list[Tile]:
+    """`tiles` for latent frames, where every tile but the first starts one earlier and fades over one more.
+
+    LTX-2.3: the decoder takes the first latent frame it sees for a picture and makes one frame of it instead of
+    `time_scale`. That frame is wrong in the middle of a video; it gets weight 0, so a whole latent frame is spent on it.
+    """
+    return [Tile(a - 1, b, left + 1, right) if a else Tile(a, b, left, right)
+            for a, b, left, right in tiles(length, size, overlap)]
+
+
+def tile_pixels(tile: Tile, scale: int) -> Tile:
+    """Latent rows or columns -> pixels."""
+    return Tile(*(scale * n for n in tile))
+
+
+def tile_frames(tile: Tile, scale: int) -> Tile:
+    """Latent frames -> frames: [scale * a, 1 + scale * (b - 1)), because the first latent frame makes just one."""
+    a, b, left, right = tile
+    return Tile(scale * a, 1 + scale * (b - 1), 1 + scale * (left - 1) if left else 0, scale * right)
+
+
+def space_weights(tile: Tile) -> Tensor:
+    """Weight of each pixel of a tile, (n,) float32 in (0, 1]. LTX-2.3: a fade of m pixels is 1/(m+1) .. m/(m+1)."""
+    k = torch.arange(tile.end - tile.start, dtype=torch.float32)
+    return ((k + 1) / (tile.left + 1)).clamp(max=1) * ((len(k) - k) / (tile.right + 1)).clamp(max=1)
+
+
+def time_weights(tile: Tile) -> Tensor:
+    """Weight of each frame of a tile, (n,) float32 in [0, 1]. LTX-2.3: a fade-in of m frames is 0/m .. (m-1)/m."""
+    if tile.left == 0:
+        return space_weights(tile)
+    return torch.cat([torch.zeros(1), space_weights(Tile(tile.start + 1, tile.end, tile.left - 1, tile.right))])
+
+
 class VideoVAE(nn.Module):
     """Encoder, decoder and the latent statistics, under the checkpoint's names (prefix `vae.`).
 
@@ -248,6 +335,75 @@ class VideoVAE(nn.Module):
         """LTX-2.3 spec e: normalised latent (B, C, F', H, W) -> video (B, 3, F, h, w), about [-1, 1], not clamped."""
         mean, std = self.statistics()
         return self.decoder(latent * std + mean)
+
+    def plan_tiles(self, grid: tuple[int, int, int], tiling: Tiling | None) -> tuple[list[Tile], list[Tile], list[Tile]]:
+        """Tiles of a latent of `grid` (F', H, W) cells along time, rows and columns, in latent cells.
+
+        LTX-2.3: tile sizes in whole cells (24/2 in space, 10/3 in time by default), the shorter side in proportion.
+        our reading: sizes are rounded to the nearest cell, overlaps up. Works without weights, on the meta device.
+        Raises ValueError when a tile is not at least one cell larger than its overlap.
+        """
+        F, H, W = grid
+        if tiling is None:
+            tiling = Tiling(space=0, time=0)
+        cells = {}
+        for name, scale in (("space", self.space_scale), ("time", self.time_scale)):
+            asked, overlap = getattr(tiling, name), getattr(tiling, name + "_overlap")
+            size, shared = round(asked / scale), math.ceil(overlap / scale)
+            if asked and size <= shared:
+                raise ValueError(f"expected a tile in {name} at least {scale} (one latent cell) larger than its overlap, "
+                                 f"got {asked} with overlap {overlap}; use {scale * (shared + 1)} or more, or 0 for off")
+            cells[name] = size, shared
+        size, shared = cells["space"]
+        sides = [max(round(size * side / max(H, W)), shared + 1) if size else 0 for side in (H, W)]
+        return time_tiles(F, *cells["time"]), tiles(H, sides[0], shared), tiles(W, sides[1], shared)
+
+    def decode_tiles(self, latent: Tensor, tiling: Tiling | None = None) -> Iterator[Tensor]:
+        """LTX-2.3 spec e: `decode` in pieces: latent (B, C, F', H, W) -> runs (B, 3, f, h, w) of finished frames.
+
+        The runs are in order and together are all frames. In memory are one tile in time and what it shares with the
+        next, never the whole video; for inference only (no gradients). One tile (tiling None, or a latent that fits)
+        is one run, equal to `decode` bit for bit. More differ a little: a tile's outer cells do not see their
+        neighbours. Raises ValueError at once, before anything is decoded (see `plan_tiles`).
+        """
+        return self._runs(latent, *self.plan_tiles(latent.shape[2:], tiling))
+
+    @torch.no_grad()
+    def _runs(self, latent: Tensor, times: list[Tile], rows: list[Tile], columns: list[Tile]) -> Iterator[Tensor]:
+        if len(times) == 1:
+            yield self._decode_box(latent, rows, columns)
+            return
+        held, held_weight = None, None  # weighted sum and weights of the frames that later tiles still change
+        following = [tile_frames(tile, self.time_scale).start for tile in times[1:]]
+        for i, tile in enumerate(times):
+            place = tile_frames(tile, self.time_scale)
+            weight = time_weights(place).to(latent.device)[:, None, None]                 # (f, 1, 1)
+            frames = self._decode_box(latent[:, :, tile.start : tile.end], rows, columns).float().mul_(weight)
+            if held is not None:
+                frames[:, :, : held.shape[2]] += held
+                weight[: len(held_weight)] += held_weight
+            done = following[i] - place.start if i < len(following) else len(weight)
+            held, held_weight = frames[:, :, done:].clone(), weight[done:]  # a view would keep the whole tile alive
+            frames = (frames[:, :, :done] / weight[:done]).to(latent.dtype)
+            if done:
+                yield frames                                                              # (B, 3, done, h, w)
+            del frames  # before the next tile needs the room
+
+    def _decode_box(self, latent: Tensor, rows: list[Tile], columns: list[Tile]) -> Tensor:
+        """All rows and columns of some latent frames: (B, C, F', H, W) -> (B, 3, f, h, w)."""
+        if len(rows) == len(columns) == 1:
+            return self.decode(latent)
+        (B, _, F, H, W), s = latent.shape, self.space_scale
+        frames = latent.new_zeros(B, 3, self.time_scale * (F - 1) + 1, H * s, W * s, dtype=torch.float32)
+        weights = latent.new_zeros(H * s, W * s, dtype=torch.float32)
+        for row in rows:
+            for column in columns:
+                part = self.decode(latent[..., row.start : row.end, column.start : column.end]).float()
+                y, x = tile_pixels(row, s), tile_pixels(column, s)
+                weight = (space_weights(y)[:, None] * space_weights(x)).to(part.device)   # (h of the tile, w of it)
+                frames[..., y.start : y.end, x.start : x.end] += part.mul_(weight)
+                weights[y.start : y.end, x.start : x.end] += weight
+        return frames.div_(weights).to(latent.dtype)
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from PIL import Image
 
 import sample
 import world
-from checkpoint import read_metadata
+from checkpoint import open_file, read_metadata
 from face import load_facenet
 from model import TransformerConfig, VideoTransformer
 from optim import seeded
@@ -41,7 +41,7 @@ def test_sizes_stay_below_the_promise():
 def test_the_file_is_an_ltx_checkpoint_and_says_how_the_reference_was_placed():
     metadata = read_metadata(WEIGHTS / "model.safetensors")
     assert metadata["reference_placement"] == "tass" and metadata["model_version"] == "2.3.0"
-    with sample.safe_open(WEIGHTS / "model.safetensors", "pt") as f:
+    with open_file(WEIGHTS / "model.safetensors") as f:
         names = set(f.keys())
     with torch.device("meta"):
         transformer = VideoTransformer(TransformerConfig.from_checkpoint(metadata["config"]["transformer"]))

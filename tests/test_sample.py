@@ -23,6 +23,7 @@ import sample
 from lora import add_lora, save_lora
 from model import VideoTransformer, ltx_sigmas
 from rope import grid_to_positions, reference_grid, video_grid
+from video import VideoWriter, to_frames
 
 PROMPT = "a person in a red shirt laughs"
 
@@ -101,8 +102,9 @@ def test_sizes_asked_for_are_the_sizes_made(tiny, tmp_path):
 
 def test_colours_survive_the_video_file(tmp_path):
     rows = torch.tensor([[0.9, -0.5, -0.5], [0.5, 0.2, -0.1], [-0.4, 0.6, 0.1], [1, 1, 1], [-1, -1, -1]])
-    frames = sample.to_frames(rows[:, :, None, None].expand(5, 3, 64, 64).transpose(0, 1), 1)
-    sample.write_video(tmp_path / "colours.mp4", frames, 8.0)
+    frames = to_frames(rows[:, :, None, None].expand(5, 3, 64, 64).transpose(0, 1), 1)
+    with VideoWriter(tmp_path / "colours.mp4", 8.0) as writer:
+        writer.add(frames)
     with av.open(str(tmp_path / "colours.mp4")) as container:
         back = np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
     found = np.abs(back.astype(int) - frames).max()
@@ -117,7 +119,9 @@ def test_a_placement_other_than_the_trained_one_is_refused_and_the_trained_one_i
     assert sample.main(arguments(other, tmp_path / "o.mp4", "--dry-run")) == 0
     assert "placement = 'overlap'" in capsys.readouterr().out
     assert sample.main(arguments(other, tmp_path / "o.mp4", "--dry-run", placement="tass")) == 2
-    assert "--placement overlap (as trained)" in capsys.readouterr().err
+    assert "expected --placement overlap (as " in capsys.readouterr().err
+    assert sample.main(arguments(other, tmp_path / "o.mp4", "--dry-run", "--force-placement", placement="tass")) == 0
+    assert "placement = 'tass'" in capsys.readouterr().out
     bare = write_tiny(tmp_path / "bare", metadata={})
     assert sample.main(arguments(bare, tmp_path / "o.mp4", "--dry-run", placement="time_only")) == 0
     assert "warning: neither checkpoint nor LoRA" in capsys.readouterr().out
@@ -142,6 +146,75 @@ def test_a_lora_changes_the_video_in_proportion_and_brings_its_placement(tiny, t
         assert sample.main(arguments(tiny, tmp_path / "d.mp4", *wrong)) == 2
         assert "lora" in capsys.readouterr().err.lower()
     assert not (tmp_path / "d.mp4").exists()
+
+
+def test_two_loras_add_up_and_may_not_disagree_about_the_placement(tiny, tmp_path, capsys):
+    paths = []
+    for i, placement in enumerate(("tass", "tass", "overlap")):
+        torch.manual_seed(10 + i)
+        model = VideoTransformer(SIZES)
+        add_lora(model, rank=2, alpha=2)
+        save_lora(tmp_path / f"{i}.safetensors", livelier(model), {"reference_placement": placement})
+        paths.append(str(tmp_path / f"{i}.safetensors"))
+    one, both = (["--lora", paths[0]], ["--lora", paths[0], "--lora", paths[1], "0.5"])
+    first, second = generate(tiny, tmp_path / "a.mp4", *one), generate(tiny, tmp_path / "b.mp4", *both)
+    assert np.abs(first.astype(int) - second).max() > 2
+    applied = generate(tiny, tmp_path / "c.mp4", *both, "--lora-mode", "applied").astype(int)
+    assert np.abs(applied - second).max() <= 2, "fused and applied are the same sum, rounded elsewhere"
+    assert json.loads((tmp_path / "b.json").read_text())["arguments"]["lora"] == [[paths[0], 1.0], [paths[1], 0.5]]
+    capsys.readouterr()
+    assert sample.main(arguments(tiny, tmp_path / "d.mp4", *one, "--lora", paths[2])) == 2
+    assert "expected --placement overlap (as " in capsys.readouterr().err
+    wrong = ["--lora-mode", "applied", "--offload", "cpu"]
+    assert sample.main(arguments(tiny, tmp_path / "d.mp4", *one, *wrong)) == 2
+    assert not (tmp_path / "d.mp4").exists()
+
+
+def test_weights_that_wait_elsewhere_give_the_same_video_and_float8_a_similar_one(tiny, tmp_path):
+    """The whole command, text model included; the lora is fused while each block is read."""
+    model = VideoTransformer(SIZES)
+    add_lora(model, rank=2, alpha=2)
+    save_lora(tmp_path / "lora.safetensors", livelier(model), {"reference_placement": "tass"})
+    lora = ("--lora", str(tmp_path / "lora.safetensors"))
+    plain = generate(tiny, tmp_path / "a.mp4", *lora)
+    for offload in ("cpu", "disk"):
+        assert np.array_equal(generate(tiny, tmp_path / "b.mp4", *lora, "--offload", offload), plain), offload
+    eighth = generate(tiny, tmp_path / "c.mp4", *lora, "--quantization", "fp8-cast")
+    streamed = generate(tiny, tmp_path / "d.mp4", *lora, "--quantization", "fp8-cast", "--offload", "disk")
+    assert np.array_equal(eighth, streamed)
+    found = np.abs(eighth.astype(int) - plain).mean()
+    assert 0 < found < 16, found  # of 255; random weights, so small differences grow from step to step
+
+
+def test_distilled_sampling_takes_eight_fixed_steps_in_one_stream_and_says_that_the_scales_do_nothing(tiny, tmp_path, capfd):
+    a = generate(tiny, tmp_path / "a.mp4", "--distilled", **{"text-scale": "5"})
+    seen = capfd.readouterr()
+    assert "--distilled runs one stream; --text-scale" in seen.out
+    assert "8/8" in seen.err and "denoise [text+face]" in seen.err
+    assert np.array_equal(a, generate(tiny, tmp_path / "b.mp4", "--distilled", **{"ref-scale": "0"}))
+    assert sample.main(arguments(tiny, tmp_path / "c.mp4", "--distilled", "--num-inference-steps", "30")) == 2
+    assert "expected 8 steps" in capfd.readouterr().err
+
+
+def test_the_perturbed_stream_and_the_phase_reach_the_video(tiny, tmp_path, capsys):
+    plain = generate(tiny, tmp_path / "a.mp4").astype(int)
+    stg = generate(tiny, tmp_path / "b.mp4", "--stg-blocks", "1", **{"stg-scale": "1"})
+    assert np.abs(plain - stg).max() > 2
+    assert sample.main(arguments(tiny, tmp_path / "c.mp4", **{"stg-scale": "1"})) == 2
+    assert "expected --stg-blocks between 0 and 1, got 28" in capsys.readouterr().err
+    forced = ("--force-placement", "--placement", "overlap_phase")
+    turned = generate(tiny, tmp_path / "d.mp4", *forced).astype(int)
+    still = generate(tiny, tmp_path / "e.mp4", *forced, "--phase-scale", "0")
+    assert np.abs(turned - still).max() > 2
+    assert np.array_equal(still, generate(tiny, tmp_path / "f.mp4", "--force-placement", "--placement", "overlap"))
+
+
+def test_the_plan_needs_no_weights_and_covers_a_given_file_too(tiny, capsys):
+    assert sample.main(["--plan"]) == 0
+    out = capsys.readouterr().out
+    assert "13,124,316,288" in out and "80 GB" in out
+    assert sample.main(["--plan", "--checkpoint-path", str(tiny / "model.safetensors"), "--gemma-root", str(tiny / "gemma")]) == 0
+    assert "13,124,316,288" not in capsys.readouterr().out
 
 
 def test_warnings_are_one_line_each_and_do_not_stop_the_run(tiny, tmp_path, capsys):
@@ -262,7 +335,7 @@ def test_a_forgotten_argument_and_a_missing_gpu_are_refused(tiny, tmp_path, capf
 def test_a_failure_while_writing_leaves_no_half_files(tiny, tmp_path, monkeypatch, capfd):
     def full(*_):
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(sample, "contact_sheet", full)
+    monkeypatch.setattr("video.contact_sheet", full)
     assert sample.main(arguments(tiny, tmp_path / "out.mp4")) == 2
     assert "No space left" in capfd.readouterr().err
     assert not list(tmp_path.iterdir())

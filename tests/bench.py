@@ -1,0 +1,271 @@
+"""How fast, and how much memory: our transformer and VAE against diffusers', and a guided step against its arithmetic.
+
+Every row runs both programs on the same weights and inputs in one process, turn by turn, so that a machine that slows
+down slows both; the times are medians. Diffusers' transformer has an audio half: its layers are replaced by zeros here
+(`silence`), so that its time is that of the video half. "Share" is the floating-point operations of a forward pass
+(counted by PyTorch) over its time, as a part of the best rate that a plain matrix product reaches on this machine in this
+type. "Peak" is the memory of all tensors alive at the worst moment beyond weights and inputs.
+
+    python tests/bench.py                     the table, about five minutes on two CPU cores; a CUDA device is used if there
+    python tests/bench.py --quick             one small row of each kind
+    python tests/bench.py --full              CUDA only: one guided step of the 48-block transformer at 768x512x121 with
+                                              random bf16 weights, resident, --offload cpu, and fp8-cast
+
+Targets on a CPU: 0.70 for every transformer row, 0.90 for the VAE rows, 1.05 for the guided step over its arithmetic. A row
+that misses its target is marked. Exit status 1 if one does.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import test_model
+import test_vae
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from memory import FLOAT8, HostStream, cast_linears
+from model import TransformerConfig, VideoTransformer, wide_linear
+from plan import REAL, LiveBytes
+from rope import grid_to_positions, reference_grid, video_grid
+from sample import denoise
+from vae import VideoVAE
+
+# width, heads, latent grid, blocks, repeats
+TRANSFORMERS = [(192, 6, (4, 8, 8), 8, 15), (512, 8, (15, 8, 8), 4, 9), (1024, 8, (14, 12, 16), 2, 5),
+                (2048, 16, (8, 8, 12), 1, 5)]  # fmt: skip
+TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+TEXT = 1024  # rows of the context, as in LTX-2.3
+
+
+class Silent(nn.Module):
+    """In place of an audio layer: zeros of the right shape, at no cost."""
+
+    def forward(self, x: Tensor | None = None, *_: object, hidden_states: Tensor | None = None, **__: object) -> Tensor:
+        return torch.zeros_like(hidden_states if x is None else x)
+
+
+def silence(twin: nn.Module) -> nn.Module:
+    """Diffusers' transformer without the time of its audio half."""
+    for block in twin.transformer_blocks:
+        for name, _ in list(block.named_children()):
+            if name in ("audio_attn1", "audio_attn2", "audio_ff"):
+                setattr(block, name, Silent())
+    return twin
+
+
+def wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def clock(device: str, repeats: int, *works: Callable[[], object]) -> list[float]:
+    """Median seconds of each, run in turn; one round beforehand is not counted."""
+    seconds = [[] for _ in works]
+    for turn in range(repeats + 1):
+        for i, work in enumerate(works):
+            wait(device)
+            start = time.perf_counter()
+            work()
+            wait(device)
+            if turn:
+                seconds[i].append(time.perf_counter() - start)
+    return [statistics.median(s) for s in seconds]
+
+
+def peak(work: Callable[[], object]) -> float:
+    """MB of tensors alive at the worst moment of work()."""
+    with LiveBytes() as live:
+        work()
+    return live.peak / 1e6
+
+
+def operations(work: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def matrix_rate(dtype: torch.dtype, device: str, size: int) -> float:
+    """The best operations per second of a square matrix product, over both of our roads and several tries."""
+    x, w = torch.randn(1, size, size, dtype=dtype, device=device), torch.randn(size, size, dtype=dtype, device=device)
+    best = min(clock(device, 1, lambda: F.linear(x, w), lambda: wide_linear(x, w))[i] for i in (0, 1) for _ in range(6))
+    return 2 * size**3 / best
+
+
+def report(name: str, ours: float, theirs: float, target: float, more: str = "") -> bool:
+    ratio = ours / theirs
+    verdict = f"{ratio:.2f}" + " MISS" * (ratio > target)
+    print(f"| {name} | {1e3 * ours:.0f} | {1e3 * theirs:.0f} | {verdict} |{more}", flush=True)
+    return ratio <= target
+
+
+def inputs(config: TransformerConfig, grid: tuple[int, int, int], reference: bool, dtype: torch.dtype, device: str) -> dict:
+    cells = [video_grid(*grid)] + [reference_grid(*grid)] * reference
+    L, S = len(cells[0]), sum(map(len, cells))
+    sigma = torch.tensor([0.7], device=device)
+    timesteps = torch.cat([sigma[:, None].expand(1, L), sigma.new_zeros(1, S - L)], dim=1)
+    latent = torch.randn(1, S, config.in_channels, device=device, dtype=dtype)
+    context = torch.randn(1, TEXT, config.dim, device=device, dtype=dtype)
+    positions = grid_to_positions(torch.cat(cells), 24)[None].to(device)
+    return {"latent": latent, "timesteps": timesteps, "sigma": sigma, "positions": positions, "context": context}
+
+
+def theirs_on(twin: nn.Module, batch: dict, heads: int) -> Tensor:
+    """Diffusers' forward, video only: one audio token, no exchange between the two halves."""
+    nothing = batch["latent"].new_zeros(1, 1, 4), batch["context"].new_zeros(1, 1, 8 * heads), batch["sigma"].new_zeros(1, 1)
+    return twin(hidden_states=batch["latent"], audio_hidden_states=nothing[0], encoder_hidden_states=batch["context"],
+                audio_encoder_hidden_states=nothing[1], timestep=batch["timesteps"] * 1000, audio_timestep=nothing[2],
+                sigma=batch["sigma"] * 1000, video_coords=batch["positions"], audio_num_frames=1, isolate_modalities=True,
+                use_cross_timestep=True, return_dict=False)[0]  # fmt: skip
+
+
+def transformer_rows(device: str, quick: bool) -> bool:
+    print("\n| transformer: width, tokens, blocks, type | ours ms | diffusers ms | ratio | share | peak MB ours, theirs | "
+          "largest difference |\n|---|---|---|---|---|---|---|")
+    good = True
+    for name, dtype in TYPES.items():
+        rate = matrix_rate(dtype, device, 2048 if device == "cpu" else 8192)
+        for width, heads, grid, layers, repeats in TRANSFORMERS[: 1 if quick else None]:
+            config = TransformerConfig(num_layers=layers, heads=heads, head_dim=width // heads)
+            model = test_model.build(config)
+            twin = silence(test_model.diffusers_twin(model)).to(device, dtype)
+            model = model.to(device, dtype)
+            for reference in (False, True):
+                batch = inputs(config, grid, reference, dtype, device)
+                ours, theirs = (lambda: model(**batch)), (lambda: theirs_on(twin, batch, heads))  # noqa: B023
+                first, second = clock(device, repeats, ours, theirs)
+                share, tokens = operations(ours) / first / rate, batch["latent"].shape[1]
+                error = (ours().float() - theirs().float()).abs().max().item() / ours().float().abs().max().item()
+                more = f" {share:.0%} of {rate / 1e9:.0f} GFLOP/s | {peak(ours):.0f}, {peak(theirs):.0f} | {error:.0e} |"
+                good &= report(f"{width}, {tokens}{' with reference' * reference}, {layers}, {name}", first, second,
+                               0.70, more)
+    return good
+
+
+def vae_rows(device: str, quick: bool) -> bool:
+    print("\n| VAE: channels, frames x height x width, type | ours ms | diffusers ms | ratio | share | "
+          "peak MB ours, theirs |\n|---|---|---|---|---|---|")
+    good = True
+    sizes = [(32, (9, 96, 128), 5)] if quick else [(32, (17, 128, 192), 5), (64, (9, 192, 256), 3)]
+    for name, dtype in TYPES.items():
+        rate = matrix_rate(dtype, device, 2048 if device == "cpu" else 8192)
+        for channels, (frames, h, w), repeats in sizes:
+            widths = ("encoder_base_channels", "decoder_base_channels", "latent_channels")
+            config = REAL["vae"] | dict.fromkeys(widths, channels)
+            torch.manual_seed(0)
+            vae = VideoVAE(config).eval()
+            twin = test_vae.diffusers_twin(vae, config).to(device, dtype)
+            vae = vae.to(device, dtype)
+            video = torch.rand(1, 3, frames, h, w, device=device, dtype=dtype) * 2 - 1
+            latent = vae.encode(video)
+            works = {"encode": (lambda: vae.encode(video), lambda: twin.encode(video).latent_dist.mode()),  # noqa: B023
+                     "decode": (lambda: vae.decode(latent), lambda: twin.decode(latent).sample)}  # noqa: B023  # fmt: skip
+            for work, (ours, theirs) in works.items():
+                first, second = clock(device, repeats, ours, theirs)
+                share = operations(ours) / first / rate
+                good &= report(f"{work}, {channels}, {frames}x{h}x{w}, {name}", first, second, 0.90,
+                               f" {share:.0%} of {rate / 1e9:.0f} GFLOP/s | {peak(ours):.0f}, {peak(theirs):.0f} |")
+    return good
+
+
+def guided_rows(device: str, quick: bool) -> bool:
+    print("\nA guided step runs the null and the text stream over L tokens and the full one over L + R.\n\n"
+          "| guided step: width, L + R, blocks, type | ms | arithmetic times one plain forward, ms | ratio |\n"
+          "|---|---|---|---|")
+    good = True
+    for name, dtype in TYPES.items():
+        for width, heads, grid, layers, repeats in (TRANSFORMERS[:1] if quick else TRANSFORMERS[1:3]):
+            config = TransformerConfig(num_layers=layers, heads=heads, head_dim=width // heads)
+            model = test_model.build(config).to(device, dtype)
+            plain, full = (inputs(config, grid, reference, dtype, device) for reference in (False, True))
+            L = plain["latent"].shape[1]
+            noise, tokens = plain["latent"].float(), full["latent"][:, L:]
+            sigmas = torch.tensor([0.7, 0.0])
+
+            def step() -> Tensor:
+                return denoise(model, plain["context"], plain["context"], tokens, grid, 24.0, (8, 32), sigmas, noise)  # noqa: B023
+
+            one, guided = clock(device, repeats, lambda: model(**plain), step)  # noqa: B023
+            sums = [operations(lambda: model(**batch)) for batch in (plain, full)]  # noqa: B023
+            good &= report(f"{width}, {L} + {full['latent'].shape[1] - L}, {layers}, {name}", guided,
+                           one * (2 * sums[0] + sums[1]) / sums[0], 1.05)
+    return good
+
+
+def full_size() -> None:
+    """LTX-2.3's transformer with random weights on a card: one guided step at the official size, in three ways."""
+    config, grid, device = TransformerConfig(), (16, 16, 24), "cuda"
+    name, rate = torch.cuda.get_device_name(), matrix_rate(torch.bfloat16, device, 8192)
+    print(f"{name}: {rate / 1e12:.0f} TFLOP/s in a bf16 matrix product of 8192\n\n"
+          "| 48 blocks, 6144 + 384 tokens | seconds per guided step | share | peak GB |\n|---|---|---|---|")
+    for how in ("resident bf16", "fp8-cast", "offload cpu", "offload cpu, fp8-cast"):
+        with torch.device("meta"):
+            model = VideoTransformer(config)
+        if "fp8" in how:
+            cast_linears(model.transformer_blocks)
+        where = "cpu" if "offload" in how else device
+        for part in model.children():
+            on = where if part is model.transformer_blocks else device
+            part.to_empty(device=on)
+        model.scale_shift_table = nn.Parameter(torch.empty(2, config.dim, device=device))
+        for parameter in model.parameters():
+            value = torch.randn(parameter.shape, device=device, dtype=torch.bfloat16) * 0.02
+            parameter.requires_grad_(False)
+            parameter.data = value.to(parameter.device, FLOAT8 if parameter.dtype == FLOAT8 else torch.bfloat16)
+        if "offload" in how:
+            model.transformer_blocks = HostStream(model.transformer_blocks, device)
+        plain, whole = (inputs(config, grid, reference, torch.bfloat16, device) for reference in (False, True))
+        L = plain["latent"].shape[1]
+
+        def step(model: nn.Module = model, plain: dict = plain, whole: dict = whole, L: int = L) -> Tensor:
+            return denoise(model, plain["context"], plain["context"], whole["latent"][:, L:], grid, 24.0, (8, 32),
+                           torch.tensor([0.7, 0.0]), plain["latent"].float())
+
+        torch.cuda.reset_peak_memory_stats()
+        (seconds,) = clock(device, 3, step)
+        used = torch.cuda.max_memory_allocated() / 1e9
+        print(f"| {how} | {seconds:.2f} | {operations(step) / seconds / rate:.0%} | {used:.1f} |", flush=True)
+        del model, step
+        torch.cuda.empty_cache()
+
+
+@torch.no_grad()
+def main() -> int:
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("bench.py", description=__doc__, formatter_class=plain)
+    parser.add_argument("--quick", action="store_true", help="one small row of each kind")
+    parser.add_argument("--full", action="store_true", help="the 48-block transformer; needs a CUDA device")
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.full:
+        if device == "cpu":
+            print("bench.py: error: expected a CUDA device for --full, got none; run it where one is", file=sys.stderr)
+            return 2
+        full_size()
+        return 0
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())))
+    torch.set_flush_denormal(True)
+    where = f"cpu, {torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name()
+    print(f"torch {torch.__version__}, {where}")
+    if device == "cpu":
+        x, w = torch.randn(1, 2048, 2048), torch.randn(2048, 2048)
+        plain, wide = clock(device, 5, lambda: F.linear(x, w), lambda: wide_linear(x, w))
+        rates = [2 * 2048**3 / seconds / 1e9 for seconds in (plain, wide)]
+        print("float32 matrix product of 2048: F.linear {:.0f}, wide_linear {:.0f} GFLOP/s".format(*rates))
+    good = [rows(device, args.quick) for rows in (transformer_rows, vae_rows, guided_rows)]
+    return 0 if all(good) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,199 @@
+"""Frames into a video file, one run after the other.
+
+The idea. A decoder that works in tiles hands over finished frames while the rest of the video is still numbers in a
+latent. Whoever collects them first and writes them afterwards holds the whole video three times (decoder's floats,
+8-bit pixels, encoder), and a long or large video ends in "out of memory" after all the hard work is done. So the mp4 is
+written as the frames come: `VideoWriter` takes any number of them, any number of times, and what is not yet in the file
+is a few frames inside the H.264 encoder. The picture sheet needs five frames, whose places are known in advance.
+
+Second failure prevented: half a file. Everything is written beside its place under a hidden name; the three files are
+renamed together at the very end. Whatever goes wrong before (a full disk, NaN in the pixels, Ctrl-C), nothing is left.
+
+Conventions. Tensors hold pixels in [-1, 1], (3, f, h, w); arrays hold 8-bit RGB, (f, h, w, 3). Frame rate in frames per
+second. The same frames give the same bytes, however they are divided into runs. No part of ST-DRC and no LTX-2.3 fact:
+this is the plumbing at the end.
+
+    with VideoWriter("out.mp4", 24.0) as writer:
+        for frames in vae.decode_tiles(latent, tiling):                       # (1, 3, f, h, w)
+            writer.add(to_frames(frames[0].float().cpu()))
+
+Read next: sample.py, whose last stage this is.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterable, Iterator
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+SHORT_SIDE, LONG_SIDE = 384, 4096  # small videos are enlarged until they are this tall or wide, large ones never
+
+
+def to_frames(video: Tensor, factor: int = 1) -> np.ndarray:
+    """(3, f, h, w) in [-1, 1], clamped -> (f, h*factor, w*factor, 3) uint8, enlarged bicubically. factor 1 = off."""
+    frames = video.transpose(0, 1)                                                        # (f, 3, h, w)
+    if factor > 1:
+        frames = nn.functional.interpolate(frames, scale_factor=factor, mode="bicubic")
+    return ((frames.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+
+
+class VideoWriter:
+    """H.264 in an mp4 that any browser plays; frames are added as they come.
+
+    Use it in a `with` block: the file is complete when the block ends, and removed when the block raises.
+    """
+
+    def __init__(self, path: str | os.PathLike, frame_rate: float):
+        self.path, self.frame_rate = Path(path), frame_rate
+        self.container = self.stream = None
+
+    def __enter__(self) -> "VideoWriter":
+        self.container = av.open(str(self.path), "w", options={"movflags": "+faststart"})
+        return self
+
+    def add(self, frames: np.ndarray) -> None:
+        """Append frames (f, h, w, 3) uint8 RGB. The first ones set the size; raises ValueError on another one."""
+        if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8:
+            raise ValueError(f"expected frames (f, h, w, 3) of uint8, got {frames.shape} of {frames.dtype}; "
+                             "use to_frames")
+        height, width = frames.shape[1:3]
+        if self.stream is None:
+            self._start(height, width)
+        if (height, width) != (self.stream.height, self.stream.width):
+            raise ValueError(f"expected frames of {self.stream.height}x{self.stream.width} like the first, "
+                             f"got {height}x{width}; resize them")
+        for pixels in frames:
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
+            self.container.mux(self.stream.encode(frame))
+
+    def _start(self, height: int, width: int) -> None:
+        if height % 2 or width % 2:  # yuv420p keeps one colour for 2x2 pixels
+            raise ValueError(f"expected an even height and width, got {height}x{width}; crop or pad by one")
+        rate = Fraction(self.frame_rate).limit_denominator(1001)
+        self.stream = self.container.add_stream("libx264", rate=rate, options={"crf": "14"})
+        self.stream.height, self.stream.width, self.stream.pix_fmt = height, width, "yuv420p"
+        codec = self.stream.codec_context
+        codec.thread_count = 1  # x264 notes the number of threads in the file: same seed, same bytes
+        # Players guess the colour matrix when it is not said, and skin turns pink or green.
+        codec.colorspace = av.video.reformatter.Colorspace.ITU709
+        codec.color_range = av.video.reformatter.ColorRange.MPEG
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        complete = False
+        try:
+            if kind is None:
+                if self.stream is None:
+                    raise ValueError("expected at least one frame, got none; add frames before the block ends")
+                self.container.mux(self.stream.encode())  # what the encoder still holds back
+            self.container.close()
+            complete = kind is None
+        finally:
+            if not complete:
+                self.path.unlink(missing_ok=True)
+
+
+def picks(num_frames: int) -> list[int]:
+    """Places of up to five evenly spaced frames, the first and the last among them."""
+    return np.linspace(0, num_frames - 1, min(5, num_frames)).round().astype(int).tolist()
+
+
+def contact_sheet(reference: np.ndarray, picked: list[np.ndarray]) -> Image.Image:
+    """The reference (h, w, 3) beside some frames of the same size, thin grey gaps between."""
+    gap = np.full((len(reference), 4, 3), 128, np.uint8)
+    return Image.fromarray(np.concatenate([reference] + [part for frame in picked for part in (gap, frame)], axis=1))
+
+
+def single_frames(runs: Iterable[Tensor], seconds: dict[str, float]) -> Iterator[Tensor]:
+    """Runs (3, f, h, w) of any device and type -> frames (3, 1, h, w), float32 on the CPU, in [-1, 1] or beyond.
+
+    Adds the time that the runs took to arrive to seconds["decode"]. Raises ValueError when a pixel is not finite.
+    """
+    runs = iter(runs)
+    while True:
+        start = time.perf_counter()
+        run = next(runs, None)
+        run = None if run is None else run.cpu()  # waits for the device; its memory is free for the next run
+        seconds["decode"] = round(seconds.get("decode", 0) + time.perf_counter() - start, 2)
+        if run is None:
+            return
+        for frame in run.split(1, dim=1):
+            if not frame.isfinite().all():
+                raise ValueError("expected finite pixels, got NaN or infinity after decoding; use --dtype float32")
+            yield frame.float()
+        del run, frame  # before the next run is made
+
+
+def write_outputs(path: Path, runs: Iterable[Tensor], num_frames: int, canvas: Tensor, frame_rate: float,
+                  record: dict) -> None:
+    """path (.mp4), the picture sheet (.png) and the record (.json), from runs (3, f, h, w) of pixels in [-1, 1].
+
+    Holds one run at a time. Videos of any size; small ones are enlarged by a whole factor. canvas (3, h, w): the
+    reference. The record gains the sizes, the file names, and in "seconds" the time the runs took to arrive ("decode")
+    and the rest ("write"). Raises ValueError on a pixel that is not finite or another number of frames than announced,
+    and passes on what `runs` raises; no file is left then, and older files of these names stay as they were.
+    """
+    start, (h, w) = time.perf_counter(), canvas.shape[-2:]
+    seconds = record.setdefault("seconds", {})
+    before = seconds.get("decode", 0)
+    factor = max(1, min(math.ceil(SHORT_SIDE / min(h, w)), LONG_SIDE // max(h, w)))
+    targets = [path, path.with_suffix(".png"), path.with_suffix(".json")]
+    beside = [p.with_name(f".{p.stem}.{os.getpid()}{p.suffix}") for p in targets]
+    places, picked, count = set(picks(num_frames)), [], 0
+    try:
+        with VideoWriter(beside[0], frame_rate) as writer:
+            for frame in single_frames(runs, seconds):
+                pixels = to_frames(frame, factor)                                         # (1, h', w', 3)
+                writer.add(pixels)
+                if count in places:
+                    picked.append(pixels[0])
+                count += 1
+        if count != num_frames:
+            raise ValueError(f"expected {num_frames} frames, got {count}; announce as many as the runs hold")
+        reference = to_frames(canvas[:, None].float().cpu(), factor)[0]                   # (h', w', 3)
+        contact_sheet(reference, picked).save(beside[1])
+        record |= {"model_size": [count, h, w], "output_size": [count, *reference.shape[:2]], "enlarged": factor,
+                   "files": [target.name for target in targets]}
+        seconds["write"] = round(time.perf_counter() - start - (seconds["decode"] - before), 2)
+        beside[2].write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        for temporary, target in zip(beside, targets, strict=True):
+            os.replace(temporary, target)
+    finally:
+        for temporary in beside:
+            temporary.unlink(missing_ok=True)
+
+
+def moving_pattern(num_frames: int, height: int = 256, width: int = 384, run: int = 8) -> Iterator[Tensor]:
+    """A warm disc that crosses a blue gradient, in runs (3, f, h, w) of at most `run` frames, made when asked for."""
+    y, x = torch.linspace(-1, 1, height)[:, None], torch.linspace(-1.5, 1.5, width)
+    for first in range(0, num_frames, run):
+        t = torch.arange(first, min(first + run, num_frames))[:, None, None] / num_frames
+        disc = torch.sigmoid(40 * (0.35 - ((x - 2 * t + 1) ** 2 + (y - 0.4 * torch.cos(12 * t)) ** 2).sqrt()))
+        back = (y + x / 3).expand(len(t), height, width) / 2
+        yield torch.stack([back - 0.5 + disc, back - 0.2 + 0.5 * disc, back + 0.4 - disc])  # (3, f, h, w)
+
+
+def demo() -> None:
+    """Write video_demo.mp4, two seconds, in runs of eight frames of which never more than one is in memory."""
+    start, count = time.perf_counter(), 0
+    with VideoWriter("video_demo.mp4", 24.0) as writer:
+        for run in moving_pattern(48):
+            writer.add(to_frames(run))
+            count += run.shape[1]
+            print(f"frames so far {count:2d}, of them in memory {run.shape[1]}")
+    size = Path("video_demo.mp4").stat().st_size
+    print(f"video_demo.mp4: {count} frames, {size / 1000:.0f} kB, {time.perf_counter() - start:.1f} s; "
+          f"a picture sheet would show the frames {picks(count)}")
+    print("Notice: the first frames are in the file before the last ones exist. Memory does not grow with the length.")
+
+
+if __name__ == "__main__":
+    demo()

@@ -44,7 +44,9 @@ from vae import Tiling, VideoVAE
 GB = 10**9
 RESERVE = 1 * GB  # our reading: for the CUDA context, libraries and fragmentation
 CARDS = (12, 16, 24, 48, 80)
-OPTIONS = {"resident": "none", "--offload cpu": "cpu", "--offload disk": "disk"}
+# sample.py's flags -> where the text model's layers wait, where the transformer's do
+OPTIONS = {"no flag": ("none", "none"), "--offload-text cpu": ("cpu", "none"), "--offload cpu": ("cpu", "cpu"),
+           "--offload disk": ("disk", "disk")}  # fmt: skip
 # LTX-2.3: the sizes in the header of the 22B checkpoint; those of the transformer are TransformerConfig's defaults.
 REAL = {
     "transformer": {**TransformerConfig().to_checkpoint(), "connector_num_layers": 8, "connector_attention_head_dim": 128,
@@ -70,6 +72,7 @@ PROMPT = {"Gemma, linears": "2*N*Wg", "Gemma, scores": "Kg * 4*N*N*Qg", "project
 ALIVE = {
     # All of Gemma's states with one layer's MLP and norms; then in the projection: states, normalised, zeros, masked.
     "Gemma": "P*N*b * ((Kg + 1)*Dg + 4*Ig + 6*Dg)", "projection": "P*N*b * 4*(Kg + 1)*Dg",
+    "connector": "P*N*b * 12*D",  # as below
     # Feed-forward: the block's input, x, modulated x, gate, 4 D before and 4 D after the GELU; cos and sin in float32.
     "denoise": "12*n*D*b + 4*n*D + 2*N*D*b",
 }
@@ -164,14 +167,15 @@ def walk_vae(vae: VideoVAE, grid: tuple[int, int, int], dtype: torch.dtype) -> t
     return flops, alive
 
 
-def on_card(offload: str, fp8: bool) -> dict[str, list[str]]:
+def on_card(offload_text: str, offload: str, fp8: bool) -> dict[str, list[str]]:
     """The weights on the card in every stage; "2 x" a streamed part stands for two of its blocks or layers."""
-    language, vae = ["Gemma layers", "Gemma embedding", "projection", "connector"], ["VAE encoder", "VAE decoder"]
+    language, vae = ["Gemma layers", "Gemma embedding"], ["VAE encoder", "VAE decoder"]
     blocks = ["blocks in fp8-cast", "transformer, rest", "one weight, cast"] if fp8 else ["blocks", "transformer, rest"]
-    if offload != "none":
-        language[0], blocks[0] = f"2 x {language[0]}", f"2 x {blocks[0]}"
-    return {"Gemma": language, "projection": language, "encode": vae, "denoise": blocks, "decode": vae,
-            "decode, tiled": vae}  # fmt: skip
+    for part, where in ((language, offload_text), (blocks, offload)):
+        if where != "none":
+            part[0] = f"2 x {part[0]}"
+    return {"Gemma": language, "projection": ["projection"], "connector": ["connector"], "encode": vae, "denoise": blocks,
+            "decode": vae, "decode, tiled": vae}  # fmt: skip
 
 
 def plan(config: dict = REAL, gemma: text.GemmaConfig = GEMMA, height: int = 512, width: int = 768,
@@ -205,14 +209,14 @@ def plan(config: dict = REAL, gemma: text.GemmaConfig = GEMMA, height: int = 512
         weights[f"2 x {name}"] = 2 * weights[name] // sizes[count]
     needs, pinned = {}, {}
     for fp8 in (False, True):
-        for option, offload in OPTIONS.items():
-            option += " + fp8-cast" * fp8
+        for option, offloads in OPTIONS.items():
+            option += " --quantization fp8-cast" * fp8
             needs[option] = {stage: sum(weights[name] for name in names) + alive[stage] + RESERVE
-                             for stage, names in on_card(offload, fp8).items()}
+                             for stage, names in on_card(*offloads, fp8).items()}
             # PyTorch rounds page-locked tensors up to a power of two. Gemma's layers are gone before the blocks come.
-            each = [sum(1 << (part_bytes({"": t}, b) - 1).bit_length() for t in parts[name].values())
-                    for name in ("Gemma layers", "blocks in fp8-cast" if fp8 else "blocks")]  # fmt: skip
-            pinned[option] = max(each) if offload == "cpu" else 0
+            waiting = zip(offloads, ("Gemma layers", "blocks in fp8-cast" if fp8 else "blocks"), strict=True)
+            pinned[option] = max(sum(1 << (part_bytes({"": t}, b) - 1).bit_length() for t in parts[name].values())
+                                 if offload == "cpu" else 0 for offload, name in waiting)
     return Plan(parts, sizes, passes, flops, alive, weights, needs, pinned)
 
 
@@ -278,13 +282,13 @@ def print_plan(checkpoint_path: str | os.PathLike | None = None, gemma_root: str
           f"{short(p.flops['encode'])}, decode {short(p.flops['decode'])}, tiled {short(p.flops['decode, tiled'])}\n")
     walked = "largest sum on a walk through the VAE, and a convolution's workspace"
     table(["alive besides the weights", "formula", "bytes"],
-          [[k, f"`{ALIVE[k]}`" if k in ALIVE else walked, short(p.alive[k], "B")] for k in on_card("none", False)])
+          [[k, f"`{ALIVE[k]}`" if k in ALIVE else walked, short(p.alive[k], "B")] for k in on_card("none", "none", False)])
     lines = [f"{stage}: " + " + ".join(f"{short(p.weights[name], 'B')} {name}" for name in names)
              + f" + {short(p.alive[stage], 'B')} alive + {short(RESERVE, 'B')} reserve = "
              + short(sum(p.weights[name] for name in names) + p.alive[stage] + RESERVE, "B")
-             for fp8 in (False, True) for offload in OPTIONS.values() for stage, names in on_card(offload, fp8).items()]
+             for fp8 in (False, True) for off in OPTIONS.values() for stage, names in on_card(*off, fp8).items()]
     print(*dict.fromkeys(lines), "", sep="\n")
-    table(["", *on_card("none", False), "page-locked", *(f"{card} GB" for card in CARDS)], fits(p))
+    table(["", *on_card("none", "none", False), "page-locked", *(f"{card} GB" for card in CARDS)], fits(p))
     print("Notice: streamed, the blocks are no longer what is largest on the card; the text encoder and the VAE are.")
 
 

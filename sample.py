@@ -52,7 +52,7 @@ from memory import OFFLOADS, cast_linears, load_streamed
 from model import DISTILLED_SIGMAS, TransformerConfig, VideoTransformer, euler_step, ltx_sigmas
 from reference import append_reference, drop_reference, encode_reference, letterbox, unpatchify
 from rope import PLACEMENTS, grid_to_positions, reference_grid, source_phase, video_grid
-from text import TextEncoder, check_text
+from text import check_text, encode_once
 from vae import Tiling, VideoVAE, psnr
 from video import write_outputs
 
@@ -125,11 +125,13 @@ def denoise(transformer: nn.Module, context: Tensor, null_context: Tensor, refer
 # ------------------------------------------------------------ stages: each loads its weights, works, and frees them
 def encode_prompts(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Contexts of the prompt and of the negative prompt, (1, N, D) each."""
-    encoder = TextEncoder.load(args.checkpoint_path, args.gemma_root, device, dtype, args.offload)
-    if (words := len(encoder.tokenizer.encode(args.prompt))) > encoder.length:
-        warn(f"the prompt has {words} tokens, only the first {encoder.length} are read")
     # LTX-2.3: "null text" is the negative (or empty) prompt sent through the encoder, not a context of zeros.
-    return encoder.encode([args.prompt, args.negative_prompt]).split(1)
+    prompts, offload = [args.prompt, args.negative_prompt], args.offload_text or args.offload
+    context, counts = encode_once(prompts, args.checkpoint_path, args.gemma_root, device, dtype, offload)
+    for name, count in zip(("prompt", "negative prompt"), counts, strict=True):
+        if count > context.shape[1]:
+            warn(f"the {name} has {count} tokens, only the first {context.shape[1]} are read")
+    return context.split(1)
 
 
 def load_vae(args: argparse.Namespace, config: dict, device: torch.device, dtype: torch.dtype) -> VideoVAE:
@@ -223,6 +225,7 @@ def stage(name: str, seconds: dict[str, float], device: torch.device):
     if device.type == "cuda":
         torch.cuda.synchronize()  # otherwise the clock stops before the work does
         torch.cuda.empty_cache()
+        torch.accelerator.empty_host_cache()  # page-locked memory, which PyTorch keeps for itself otherwise
     seconds[name] = round(time.perf_counter() - start, 2)
 
 
@@ -265,6 +268,7 @@ def build_parser() -> Parser:
     add("--force-placement", action="store_true", help="--placement although trained with another (default: off)")
     add("--phase-scale", type=float, default=1.0, help="turn of overlap_phase's reference tokens (default: %(default)s)")
     add("--offload", choices=OFFLOADS, default="none", help="where layers wait for their turn (default: %(default)s)")
+    add("--offload-text", choices=OFFLOADS, help="the same for the text model's layers (default: as --offload)")
     add("--quantization", choices=("none", "fp8-cast"), default="none",
         help="fp8-cast: one byte per number of the transformer's matrices (default: %(default)s)")
     add("--no-tiling", action="store_true", help="decode the video in one piece: exact, large (default: off)")
@@ -342,6 +346,8 @@ def check_paths(args: argparse.Namespace) -> None:
         path, strength = (given + ["1"])[:2]
         if len(given) > 2 or not is_finite(strength):
             raise ValueError(f"expected --lora PATH [STRENGTH], got {' '.join(given)}; use for example 1.0")
+        if not Path(path).is_file():
+            raise ValueError(f"expected a LoRA file, got no file at {path}; check --lora")
         args.lora[i] = (path, float(strength))
     if args.lora and args.lora_mode == "applied" and args.offload != "none":
         raise ValueError("expected --lora-mode fused with --offload, got applied; leave one of them out")
@@ -358,7 +364,10 @@ def resolve_loras(args: argparse.Namespace, transformer: VideoTransformer, metad
     """Check that the LoRAs fit, and settle where the reference goes: as the last trained of the files says."""
     said = {}  # what each LoRA was trained with
     for path, _ in args.lora:
-        lora = read_lora(path, transformer)
+        try:
+            lora = read_lora(path, transformer)
+        except ValueError as error:  # what the file is; what to do about it is another matter than for a checkpoint
+            raise ValueError(f"{str(error).rpartition('; ')[0] or error}; check --lora {path}") from error
         if lora.audio_keys:
             print(f"note: {path} also holds {lora.audio_keys} tensors of the audio half, which is left out here")
         if "reference_placement" in lora.metadata:

@@ -152,24 +152,27 @@ def _slow_matmul(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling()
 
 
+SCORES = 2**20  # attention scores at a time: few enough to stay in a processor's cache
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     """softmax(q k' / sqrt(hd) + bias) v. q (B, nh, N, hd), k, v (B, nh, M, hd) -> (B, nh, N, hd).
 
-    On a GPU, and wherever gradients or a bias are needed, PyTorch's fused attention. Sampling on a CPU writes the three
-    steps out, for the reason given at Linear: scores and softmax in float32 as the fused one has them, then the sum of
-    values in their own type. A stripe of queries at a time keeps the scores in the cache.
+    PyTorch's fused attention, except for sampling in bf16 on a CPU, where it makes no use of the processor's bf16 units;
+    the three steps written out take half to a third of its time. What that costs: scores are rounded before the
+    softmax, and the bf16 error of the bundled model's velocity becomes 1.28 % instead of 1.22 %.
     """
-    plain = q.device.type == "cpu" and bias is None and not torch.is_grad_enabled()
-    if not plain or torch.compiler.is_compiling() or q.shape[2] < 128:
+    (B, nh, N, hd), M = q.shape, k.shape[2]
+    bf16 = q.device.type == "cpu" and q.dtype == torch.bfloat16
+    if not bf16 or bias is not None or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    q, k = q.float() * q.shape[-1] ** -0.5, k.float()
-    out = v.new_empty(q.shape)
-    for b, head in itertools.product(range(q.shape[0]), range(q.shape[1])):
-        values = v[b, head].t().contiguous()  # (hd, M)
-        for stripe, part in zip(q[b, head].split(256), out[b, head].split(256), strict=True):
-            weights = wide_linear(stripe[None], k[b, head]).softmax(-1)  # (1, <=256, M) float32
-            part.copy_(wide_linear(weights.to(v.dtype), values)[0])  # (<=256, hd)
-    return out
+    q, k, v = (q * hd**-0.5).reshape(B * nh, N, hd), k.reshape(B * nh, M, hd), v.reshape(B * nh, M, hd)
+    out, columns = torch.empty_like(q), k.transpose(1, 2)  # (B*nh, N, hd), (B*nh, hd, M)
+    rows, heads = max(64, SCORES // M // 64 * 64), max(1, SCORES // (N * M))
+    for h, r in itertools.product(range(0, B * nh, heads), range(0, N, rows)):
+        scores = q[h : h + heads, r : r + rows] @ columns[h : h + heads]  # (heads, rows, M)
+        out[h : h + heads, r : r + rows] = scores.softmax(-1) @ v[h : h + heads]
+    return out.unflatten(0, (B, nh))
 
 
 class ChannelNorm(nn.Module):
@@ -280,7 +283,7 @@ class AdaLN(nn.Module):
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     """RMS norm without weight, then scale and shift, all (B, N, D)."""
-    return F.rms_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
+    return torch.addcmul(shift, F.rms_norm(x, x.shape[-1:], eps=eps), 1 + scale)
 
 
 # The smallest bf16 number: also a float32 number, and it stays finite when autocast rounds the bias to bf16.
@@ -324,14 +327,14 @@ class Block(nn.Module):
     ) -> Tensor:
         m = _rows(self.scale_shift_table + rows, pick)
         h = modulate(x, m(0), m(1), self.eps)
-        x = x + m(2) * self.attn1(h, rotary=rotary, bias=bias, skip=skip)
+        x = torch.addcmul(x, m(2), self.attn1(h, rotary=rotary, bias=bias, skip=skip))  # x + gate * attention
 
         shift, scale = (self.prompt_scale_shift_table + prompt_rows).unbind(-2)  # (B, 1, D) each
         h = modulate(x, m(6), m(7), self.eps)
-        x = x + m(8) * self.attn2(h, context * (1 + scale) + shift, bias=context_bias)
+        x = torch.addcmul(x, m(8), self.attn2(h, torch.addcmul(shift, context, 1 + scale), bias=context_bias))
 
         h = modulate(x, m(3), m(4), self.eps)
-        return x + m(5) * self.ff(h)  # (B, S, D)
+        return torch.addcmul(x, m(5), self.ff(h))  # (B, S, D)
 
 
 def _rows(table: Tensor, pick: Tensor | None):

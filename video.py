@@ -4,14 +4,15 @@ The idea. A decoder that works in tiles hands over finished frames while the res
 latent. Whoever collects them first and writes them afterwards holds the whole video three times (decoder's floats,
 8-bit pixels, encoder), and a long or large video ends in "out of memory" after all the hard work is done. So the mp4 is
 written as the frames come: `VideoWriter` takes any number of them, any number of times, and what is not yet in the file
-is a few frames inside the H.264 encoder. The picture sheet needs five frames, whose places are known in advance.
+is some fifty frames inside the H.264 encoder. The picture sheet needs five frames, whose places are known in advance.
 
 Second failure prevented: half a file. Everything is written beside its place under a hidden name; the three files are
 renamed together at the very end. Whatever goes wrong before (a full disk, NaN in the pixels, Ctrl-C), nothing is left.
 
 Conventions. Tensors hold pixels in [-1, 1], (3, f, h, w); arrays hold 8-bit RGB, (f, h, w, 3). Frame rate in frames per
-second. The same frames give the same bytes, however they are divided into runs. No part of ST-DRC and no LTX-2.3 fact:
-this is the plumbing at the end.
+second. However frames are divided into runs, the encoder sees the same ones in the same order and gives the same bytes.
+(Widths such as 64, 352 or 576 are an exception: x264 reads memory there that it has not set, and its bytes vary from
+call to call.) No part of ST-DRC and no LTX-2.3 fact: this is the plumbing at the end.
 
     with VideoWriter("out.mp4", 24.0) as writer:
         for frames in vae.decode_tiles(latent, tiling):                       # (1, 3, f, h, w)
@@ -34,7 +35,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-SHORT_SIDE, LONG_SIDE = 384, 4096  # small videos are enlarged until they are this tall or wide, large ones never
+SHORT_SIDE, LONG_SIDE = 384, 4096  # pixels; videos below the first are enlarged, none beyond the second
 
 
 def to_frames(video: Tensor, factor: int = 1) -> np.ndarray:
@@ -112,6 +113,11 @@ def contact_sheet(reference: np.ndarray, picked: list[np.ndarray]) -> Image.Imag
     return Image.fromarray(np.concatenate([reference] + [part for frame in picked for part in (gap, frame)], axis=1))
 
 
+def enlargement(height: int, width: int) -> int:
+    """The whole factor, 1 or more, that lifts the shorter side to SHORT_SIDE and leaves the longer below LONG_SIDE."""
+    return max(1, min(math.ceil(SHORT_SIDE / min(height, width)), LONG_SIDE // max(height, width)))
+
+
 def single_frames(runs: Iterable[Tensor], seconds: dict[str, float]) -> Iterator[Tensor]:
     """Runs (3, f, h, w) of any device and type -> frames (3, 1, h, w), float32 on the CPU, in [-1, 1] or beyond.
 
@@ -125,11 +131,12 @@ def single_frames(runs: Iterable[Tensor], seconds: dict[str, float]) -> Iterator
         seconds["decode"] = round(seconds.get("decode", 0) + time.perf_counter() - start, 2)
         if run is None:
             return
-        for frame in run.split(1, dim=1):
+        for i in range(run.shape[1]):
+            frame = run[:, i : i + 1].to(torch.float32, copy=True)  # a view would keep the whole run alive
             if not frame.isfinite().all():
                 raise ValueError("expected finite pixels, got NaN or infinity after decoding; use --dtype float32")
-            yield frame.float()
-        del run, frame  # before the next run is made
+            yield frame
+        del run  # before the next one is made
 
 
 def write_outputs(path: Path, runs: Iterable[Tensor], num_frames: int, canvas: Tensor, frame_rate: float,
@@ -144,13 +151,16 @@ def write_outputs(path: Path, runs: Iterable[Tensor], num_frames: int, canvas: T
     start, (h, w) = time.perf_counter(), canvas.shape[-2:]
     seconds = record.setdefault("seconds", {})
     before = seconds.get("decode", 0)
-    factor = max(1, min(math.ceil(SHORT_SIDE / min(h, w)), LONG_SIDE // max(h, w)))
+    factor = enlargement(h, w)
     targets = [path, path.with_suffix(".png"), path.with_suffix(".json")]
     beside = [p.with_name(f".{p.stem}.{os.getpid()}{p.suffix}") for p in targets]
     places, picked, count = set(picks(num_frames)), [], 0
     try:
         with VideoWriter(beside[0], frame_rate) as writer:
             for frame in single_frames(runs, seconds):
+                if frame.shape[-2:] != (h, w):
+                    raise ValueError(f"expected frames of {h}x{w} like the canvas, got "
+                                     f"{frame.shape[-2]}x{frame.shape[-1]}; letterbox the reference to their size")
                 pixels = to_frames(frame, factor)                                         # (1, h', w', 3)
                 writer.add(pixels)
                 if count in places:
@@ -192,7 +202,7 @@ def demo() -> None:
     size = Path("video_demo.mp4").stat().st_size
     print(f"video_demo.mp4: {count} frames, {size / 1000:.0f} kB, {time.perf_counter() - start:.1f} s; "
           f"a picture sheet would show the frames {picks(count)}")
-    print("Notice: the first frames are in the file before the last ones exist. Memory does not grow with the length.")
+    print("Notice: each run is with the encoder before the next one exists. Memory does not grow with the length.")
 
 
 if __name__ == "__main__":

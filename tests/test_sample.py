@@ -162,7 +162,7 @@ def test_two_loras_add_up_and_may_not_disagree_about_the_placement(tiny, tmp_pat
     applied = generate(tiny, tmp_path / "c.mp4", *both, "--lora-mode", "applied").astype(int)
     # The same sum rounded elsewhere: random weights and the video's compression make up to two grey levels of that.
     found, effect = np.abs(applied - second).mean(), np.abs(first.astype(int) - second).mean()
-    assert found < 2 < effect / 5, (found, effect)
+    assert found < 2 and found < effect / 3, (found, effect)
     assert json.loads((tmp_path / "b.json").read_text())["arguments"]["lora"] == [[paths[0], 1.0], [paths[1], 0.5]]
     capsys.readouterr()
     assert sample.main(arguments(tiny, tmp_path / "d.mp4", *one, "--lora", paths[2])) == 2

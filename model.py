@@ -33,7 +33,7 @@ Read next: vae.py
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -128,28 +128,25 @@ LTX23_SWITCHES = {
 
 
 class Linear(nn.Linear):
-    """nn.Linear with a faster road for many float32 tokens on a CPU: (..., D) -> (..., O).
-
-    PyTorch hands a float32 matrix product on a CPU to MKL, which uses only half of the vector width of an AMD
-    processor. A 1x1 convolution is the same arithmetic and goes to oneDNN, which uses all of it: 210 against 460
-    GFLOP/s on two Zen 5 cores (tests/bench.py prints both rates). In other types and on other devices nothing differs.
-    """
+    """nn.Linear (..., D) -> (..., O), faster for sampling in float32 on a CPU; see wide_linear."""
 
     def forward(self, x: Tensor) -> Tensor:
         return wide_linear(x, self.weight, self.bias)
 
 
 def wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (B, N, D), weight (O, D), bias (O,) -> (B, N, O). Every use of the trick above, and its conditions."""
-    many = x.ndim == 3 and x.shape[0] * x.shape[1] >= 128  # below, starting the convolution costs more than it saves
-    if not (many and _slow_matmul(x) and x.dtype == weight.dtype) or torch.is_autocast_enabled("cpu"):
+    """x (..., D), weight (O, D), bias (O,) -> (..., O).
+
+    PyTorch hands a float32 matrix product on a CPU to MKL, which uses half of the vector width of an AMD processor. The
+    operation that PyTorch's own compiler puts in its place goes to oneDNN, which uses all of it: 210 against 460 GFLOP/s
+    on two Zen 5 cores (tests/bench.py prints both). It has no gradient and is not for other types or devices.
+    """
+    plain = x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32
+    if plain or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
-    picture = x.transpose(1, 2)[:, :, None]  # (B, D, 1, N): every token a pixel
-    return F.conv2d(picture, weight[:, :, None, None], bias)[:, :, 0].transpose(1, 2)
-
-
-def _slow_matmul(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling()
+    if not torch.backends.mkldnn.enabled:
+        return F.linear(x, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 SCORES = 2**20  # attention scores at a time: few enough to stay in a processor's cache
@@ -281,9 +278,9 @@ class AdaLN(nn.Module):
         return self.linear(F.silu(embedding)).unflatten(-1, (self.rows, -1)), embedding
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """RMS norm without weight, then scale and shift, all (B, N, D)."""
-    return torch.addcmul(shift, F.rms_norm(x, x.shape[-1:], eps=eps), 1 + scale)
+def modulate(x: Tensor, shift: Tensor, factor: Tensor, eps: float) -> Tensor:
+    """RMS norm without weight, then norm * factor + shift; x (B, N, D), the others that shape or (1, D)."""
+    return torch.addcmul(shift, F.rms_norm(x, x.shape[-1:], eps=eps), factor)
 
 
 # The smallest bf16 number: also a float32 number, and it stays finite when autocast rounds the bias to bf16.
@@ -317,7 +314,7 @@ class Block(nn.Module):
         self,
         x: Tensor,  # (B, S, D)
         context: Tensor,  # (B, N, D)
-        rows: Tensor,  # (B, S, 9, D), or (U, 9, D) together with pick
+        rows: Tensor,  # (B, S, 9, D), or (U, 9, D) together with pick, or (1, 9, D)
         prompt_rows: Tensor,  # (B, 1, 2, D)
         pick: Tensor | None,  # (B, S) which of the U distinct noise levels a token has
         rotary: tuple[Tensor, Tensor],
@@ -326,20 +323,28 @@ class Block(nn.Module):
         skip: bool,
     ) -> Tensor:
         m = _rows(self.scale_shift_table + rows, pick)
-        h = modulate(x, m(0), m(1), self.eps)
+        h = modulate(x, m(0), m(1, 1), self.eps)
         x = torch.addcmul(x, m(2), self.attn1(h, rotary=rotary, bias=bias, skip=skip))  # x + gate * attention
 
         shift, scale = (self.prompt_scale_shift_table + prompt_rows).unbind(-2)  # (B, 1, D) each
-        h = modulate(x, m(6), m(7), self.eps)
+        h = modulate(x, m(6), m(7, 1), self.eps)
         x = torch.addcmul(x, m(8), self.attn2(h, torch.addcmul(shift, context, 1 + scale), bias=context_bias))
 
-        h = modulate(x, m(3), m(4), self.eps)
+        h = modulate(x, m(3), m(4, 1), self.eps)
         return torch.addcmul(x, m(5), self.ff(h))  # (B, S, D)
 
 
-def _rows(table: Tensor, pick: Tensor | None):
-    """Row r of a modulation table for every token, (B, S, D); spread from the distinct levels only when asked for."""
-    return lambda r: table[..., r, :] if pick is None else table[:, r][pick]
+def _rows(table: Tensor, pick: Tensor | None) -> Callable[..., Tensor]:
+    """Row r of a modulation table, plus a number, for every token: (B, S, D), or (1, D) where all tokens have the same.
+
+    With pick the table holds distinct noise levels only, and each token looks up its own.
+    """
+
+    def row(r: int, plus: float = 0) -> Tensor:
+        chosen = table[..., r, :] + plus if plus else table[..., r, :]
+        return chosen if pick is None else F.embedding(pick, chosen)
+
+    return row
 
 
 # ---------------------------------------------------------------- the transformer
@@ -393,6 +398,7 @@ class VideoTransformer(nn.Module):
         levels, pick = timesteps.to(torch.float32), None
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             levels, pick = torch.unique(levels, return_inverse=True)  # (U,), (B, S)
+            pick = pick if len(levels) > 1 else None  # one level for all: rows (1, D) fit any token as they are
         rows, embedding = self.adaln_single(levels * config.timestep_scale, dtype)
         prompt_level = sigma.to(torch.float32)[:, None] * config.timestep_scale  # (B, 1)
         prompt_rows, _ = self.prompt_adaln_single(prompt_level, dtype)  # (B, 1, 2, D)
@@ -406,7 +412,7 @@ class VideoTransformer(nn.Module):
         # The last modulation reuses the embedding itself, before silu and linear.
         m = _rows(self.scale_shift_table + embedding[..., None, :], pick)
         x = F.layer_norm(x, x.shape[-1:], eps=config.norm_eps)  # subtracts the mean, unlike every norm above
-        return self.proj_out((x * (1 + m(1)) + m(0)).to(dtype))  # (B, S, C)
+        return self.proj_out(torch.addcmul(m(0), x, m(1, 1)).to(dtype))  # (B, S, C)
 
     def _check(self, latent: Tensor, timesteps: Tensor, sigma: Tensor, positions: Tensor, context: Tensor) -> None:
         B, S = latent.shape[:2]

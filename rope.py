@@ -151,8 +151,8 @@ def rotary_tables(
     listed with frequency slow and axis fast, filled up in front with "no rotation", and dealt out to the heads in
     order, so that head 0 has the lowest frequencies.
     positions (B, A, N, 2): bounds, of which the middle is used; or (B, A, N): used as they are. A is the number of axes
-    (3 for video; 1 for the text connector) and the length of max_pos. dim is the width over all heads. phase (B or 1, N)
-    is an extra turn per token (see source_phase), None = off.
+    (3 for video; 1 for the text connector) and the length of max_pos. dim is the width over all heads. phase (B, N) or
+    (1, N) is an extra turn per token (see source_phase), None = off.
     Returns cos, sin, each (B, heads, N, dim/heads/2) float32. Raises ValueError when sizes do not fit.
     """
     if positions.ndim not in (3, 4) or positions.shape[1] != len(max_pos):

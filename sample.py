@@ -191,7 +191,9 @@ def decode(args: argparse.Namespace, config: dict, latent: Tensor, device: torch
     """Runs of finished frames (3, f, h, w), each made when it is asked for."""
     vae = load_vae(args, config, device, dtype)
     for frames in vae.decode_tiles(latent.to(dtype), None if args.no_tiling else Tiling()):
-        yield frames[0]
+        frames = frames[0]
+        yield frames
+        del frames  # before the next tile needs the room
 
 
 @torch.no_grad()

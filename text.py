@@ -46,7 +46,7 @@ from torch import Tensor, nn
 
 from checkpoint import check_weights, load_weights, open_file, read_metadata
 from memory import stream_blocks
-from model import Attention, FeedForward
+from model import Attention, FeedForward, Linear
 from rope import rotary_tables
 
 SPACE = "\u2581"  # Gemma writes a space as this character (a low block), so that a space can be part of a piece
@@ -354,10 +354,10 @@ class GemmaAttention(nn.Module):
         self.hd = hd
         self.groups = config.num_attention_heads // config.num_key_value_heads
         self.scale = config.query_pre_attn_scalar**-0.5
-        self.q_proj = nn.Linear(width, config.num_attention_heads * hd, bias=False)
-        self.k_proj = nn.Linear(width, config.num_key_value_heads * hd, bias=False)
-        self.v_proj = nn.Linear(width, config.num_key_value_heads * hd, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * hd, width, bias=False)
+        self.q_proj = Linear(width, config.num_attention_heads * hd, bias=False)
+        self.k_proj = Linear(width, config.num_key_value_heads * hd, bias=False)
+        self.v_proj = Linear(width, config.num_key_value_heads * hd, bias=False)
+        self.o_proj = Linear(config.num_attention_heads * hd, width, bias=False)
         self.q_norm = GemmaNorm(hd, config.rms_norm_eps)
         self.k_norm = GemmaNorm(hd, config.rms_norm_eps)
 
@@ -376,9 +376,9 @@ class GemmaMLP(nn.Module):
 
     def __init__(self, config: GemmaConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
@@ -575,7 +575,7 @@ class FeatureExtractor(nn.Module):
         _check_connector(config)
         dim = config["connector_num_attention_heads"] * config["connector_attention_head_dim"]
         self.scale = (dim / gemma_hidden) ** 0.5
-        self.video_aggregate_embed = nn.Linear(gemma_hidden * num_states, dim)
+        self.video_aggregate_embed = Linear(gemma_hidden * num_states, dim)
 
     def normalised(self, states: Sequence[Tensor], mask: Tensor) -> Tensor:
         """LTX-2.3: every state of every token to mean square 1, then flattened feature slow, state fast; padding zero.

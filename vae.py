@@ -90,10 +90,15 @@ class CausalConv3d(nn.Module):
         self.conv = nn.Conv3d(c_in, c_out, 3, padding=(0, 1, 1))
 
     def forward(self, x: Tensor, causal: bool) -> Tensor:
+        if x.shape[2] == 1:  # a picture: the three frames under the kernel are one and the same, a third of the work
+            y = nnf.conv2d(x[:, :, 0], self.conv.weight.sum(dim=2), self.conv.bias, padding=1)
+            return y[:, :, None]                                                          # (B, c_out, 1, H, W)
         first, last = x[:, :, :1], x[:, :, -1:]
         x = torch.cat([first, first, x] if causal else [first, x, last], dim=2)
         conv = self.conv
-        if x.device.type == "cpu" and x.dtype == conv.weight.dtype == torch.float32:
+        single = x.device.type == "cpu" and x.dtype == conv.weight.dtype == torch.float32 and x.shape[0] == 1
+        single = single and torch.backends.mkldnn.enabled and not torch.is_autocast_enabled("cpu")
+        if single and x.numel() > conv.weight.numel():
             # For a single small float32 clip PyTorch itself would take a plain loop, five times slower than oneDNN's.
             return torch.mkldnn_convolution(x, conv.weight, conv.bias, conv.padding, conv.stride, conv.dilation, 1)
         return conv(x)                                                                    # (B, c_out, F, H, W)
@@ -121,8 +126,8 @@ class ResStage(nn.Module):
 
     def forward(self, x: Tensor, causal: bool) -> Tensor:
         # "Channels last" in memory is the layout that convolutions and norms over channels are fastest in. Weights are
-        # brought into the layout of x in every call, so it pays only where x is larger than they are.
-        if x.numel() > self.res_blocks[0].conv1.conv.weight.numel():
+        # brought into the layout of x in every call, so it pays only where x is not much smaller than they are.
+        if 2 * x.numel() > self.res_blocks[0].conv1.conv.weight.numel():
             x = x.contiguous(memory_format=torch.channels_last_3d)
         for block in self.res_blocks:
             x = block(x, causal)
@@ -138,11 +143,13 @@ class DownBlock(nn.Module):
         self.conv = CausalConv3d(c_in, c_out // math.prod(stride))
 
     def forward(self, x: Tensor, causal: bool) -> Tensor:
+        y = self.conv(x, causal) if x.shape[2] == 1 else None  # a picture stays one until here
         if self.stride[0] == 2:  # 1 + 2k frames -> 2 + 2k, so that frame 0 stays a latent frame of its own
             x = torch.cat([x[:, :, :1], x], dim=2)
+            y = None if y is None else torch.cat([y, y], dim=2)
         shortcut = space_to_depth(x, self.stride)                                         # (B, c_in*st*sh*sw, F, H, W)
         shortcut = shortcut.unflatten(1, (self.c_out, -1)).mean(dim=2)                    # (B, c_out, F, H, W)
-        return space_to_depth(self.conv(x, causal), self.stride) + shortcut
+        return space_to_depth(self.conv(x, causal) if y is None else y, self.stride) + shortcut
 
 
 class UpBlock(nn.Module):

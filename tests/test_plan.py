@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from test_memory import SIZES, inputs
 from tiny import config as tiny_config
 from tiny import write_tiny
+from torch.backends import mkldnn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -77,13 +78,14 @@ def test_a_guided_step_is_two_passes_without_and_one_with_the_reference(real):
 @pytest.mark.parametrize("reference", [False, True])
 @pytest.mark.parametrize("grid", [(2, 3, 4), (3, 8, 8)])
 def test_the_formulas_of_a_pass_count_exactly_what_the_transformer_does(grid, reference):
-    """Both ways attention has on a CPU: PyTorch's for few tokens, written out for many."""
+    """For few and for many tokens, with and without a reference; the counter does not know oneDNN's operations."""
     batch = inputs(SIZES, grid)
     L = grid[0] * grid[1] * grid[2]
     if not reference:
         batch |= {name: batch[name][:, :L] for name in ("latent", "timesteps")} | {"positions": batch["positions"][:, :, :L]}
     n = batch["latent"].shape[1]
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # the fused one is not counted
+    # The fused attention is not counted either.
+    with mkldnn.flags(enabled=False), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         VideoTransformer(SIZES)(**batch)
     assert counter.get_total_flops() == sum(p.compute(p.PASS, letters(SIZES, n, 5, 1 + reference)).values())
 
@@ -93,7 +95,7 @@ def test_the_formulas_of_a_prompt_count_exactly_what_the_text_encoder_does(folde
     encoder = TextEncoder.load(folder / "model.safetensors", folder / "gemma")
     found = p.plan(tiny_config(), encoder.gemma.config, 32, 32, 5)
     ids, mask = encoder.tokenize(["a person laughs", ""])
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with mkldnn.flags(enabled=False), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         encoder(ids, mask)
     assert counter.get_total_flops() == found.flops["text"]
 
@@ -102,7 +104,7 @@ def test_the_formulas_of_a_prompt_count_exactly_what_the_text_encoder_does(folde
 def test_a_walk_on_shapes_finds_what_a_real_decoding_takes(folder):
     vae = load_weights(VideoVAE(tiny_config()["vae"]), folder / "model.safetensors", "vae.")
     flops, alive = p.walk_vae(VideoVAE(tiny_config()["vae"]).to("meta"), (3, 4, 4), torch.float32)
-    with FlopCounterMode(display=False) as counter, p.LiveBytes() as live:
+    with mkldnn.flags(enabled=False), FlopCounterMode(display=False) as counter, p.LiveBytes() as live:
         vae.decode(torch.randn(1, vae.latent_channels, 3, 4, 4))
     assert counter.get_total_flops() == flops["decode"]
     print(f"measured {live.peak + live.workspace}, on shapes {alive['decode']}")

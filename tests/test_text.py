@@ -573,7 +573,8 @@ def test_gradients_reach_every_parameter():
     with torch.no_grad():
         quiet = encoder.encode(["A woman laughs.", ""])
     assert not quiet.requires_grad
-    close(quiet, context, 1e-6, "with and without gradients")
+    # Without gradients float32 products take another library's road (model.wide_linear): rounding, in units of the output.
+    close(quiet, context, 1e-6 * context.abs().max().item(), "with and without gradients")
 
 
 def test_an_encoder_survives_the_disk_and_bfloat16(tmp_path):

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from live import LiveBytes
 
 import vae as vae_file
 import world
 from checkpoint import load_weights, read_metadata
+from plan import LiveBytes
 from vae import (
     Tile,
     Tiling,
@@ -369,7 +369,7 @@ def test_memory_is_that_of_a_tile_and_not_of_the_video():
     frame, cells = 3 * 64 * 96 * 4, (16, 31, 61)
 
     def enlarge(box: torch.Tensor) -> torch.Tensor:
-        before.append(live.now() / frame)
+        before.append(live.now / frame)
         B, _, F, H, W = box.shape
         video = box[:, :3, :, None, :, None, :, None].expand(B, 3, F, 8, H, 32, W, 32)
         return video.reshape(B, 3, 8 * F, 32 * H, 32 * W)[:, :, 7:]

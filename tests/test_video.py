@@ -11,13 +11,13 @@ import av
 import numpy as np
 import pytest
 import torch
-from live import LiveBytes
 from PIL import Image
 
 import video
+from plan import LiveBytes
 from video import VideoWriter, contact_sheet, moving_pattern, picks, to_frames, write_outputs
 
-SIZE = (64, 128)  # a width at which x264 is known to repeat itself byte for byte (see video.py)
+SIZE = (64, 128)
 
 
 def clip(num_frames: int) -> torch.Tensor:
@@ -29,7 +29,7 @@ def whole_at_once(path, frames: np.ndarray, frame_rate: float) -> None:
     """The plainest way, written out once more: all frames in one array, one loop."""
     with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
         rate = Fraction(frame_rate).limit_denominator(1001)
-        stream = container.add_stream("libx264", rate=rate, options={"crf": "14"})
+        stream = container.add_stream("libx264", rate=rate, options={"crf": "14", "bf": "0"})
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
         stream.codec_context.thread_count = 1
         stream.codec_context.colorspace = av.video.reformatter.Colorspace.ITU709

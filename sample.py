@@ -304,6 +304,10 @@ def resolve(args: argparse.Namespace) -> tuple[dict, Tensor]:
     canvas = load_canvas(args.ref, args.height, args.width)
     if not args.prompt.strip():
         warn("the prompt is empty, so the video shows whatever the model likes")
+    trained = config.get("inference", {})  # absent in LTX-2.3, which was trained on many sizes
+    if any(getattr(args, name) != trained.get(name, getattr(args, name)) for name in ("height", "width", "num_frames")):
+        warn(f"this checkpoint was trained at {trained['width']}x{trained['height']}, {trained['num_frames']} frames; "
+             "at another size its videos fall apart")
     # paper: TASS puts the reference beyond the video, up to twice its size. LTX-2.3: trained up to 2048 pixels.
     limit = min(transformer.config.max_pos[1:])
     if (side := max(args.height, args.width)) * 2 > limit:

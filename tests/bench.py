@@ -204,42 +204,47 @@ def guided_rows(device: str, quick: bool) -> bool:
     return good
 
 
-def full_size() -> None:
-    """LTX-2.3's transformer with random weights on a card: one guided step at the official size, in three ways."""
-    config, grid, device = TransformerConfig(), (16, 16, 24), "cuda"
-    name, rate = torch.cuda.get_device_name(), matrix_rate(torch.bfloat16, device, 8192)
-    print(f"{name}: {rate / 1e12:.0f} TFLOP/s in a bf16 matrix product of 8192\n\n"
-          "| 48 blocks, 6144 + 384 tokens | seconds per guided step | share | peak GB |\n|---|---|---|---|")
-    for how in ("resident bf16", "fp8-cast", "offload cpu", "offload cpu, fp8-cast"):
-        with torch.device("meta"):
-            model = VideoTransformer(config)
-        if "fp8" in how:
-            cast_linears(model.transformer_blocks)
-        where = "cpu" if "offload" in how else device
-        for part in model.children():
-            on = where if part is model.transformer_blocks else device
-            part.to_empty(device=on)
-        model.scale_shift_table = nn.Parameter(torch.empty(2, config.dim, device=device))
-        for parameter in model.parameters():
-            value = torch.randn(parameter.shape, device=device, dtype=torch.bfloat16) * 0.02
-            parameter.requires_grad_(False)
-            parameter.data = value.to(parameter.device, FLOAT8 if parameter.dtype == FLOAT8 else torch.bfloat16)
-        if "offload" in how:
-            model.transformer_blocks = HostStream(model.transformer_blocks, device)
+def random_model(config: TransformerConfig, device: str, streamed: bool, fp8: bool) -> VideoTransformer:
+    """Random bf16 weights where a run would have them, without ever holding the model twice."""
+    with torch.device("meta"):
+        model = VideoTransformer(config)
+    if fp8:
+        cast_linears(model.transformer_blocks)
+    model.to_empty(device=device if not streamed else "cpu")
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+        value = torch.randn(parameter.shape, device=device, dtype=torch.bfloat16) * 0.02
+        parameter.data = value.to(parameter.device, FLOAT8 if parameter.dtype == FLOAT8 else torch.bfloat16)
+    if streamed:
+        blocks, model.transformer_blocks = model.transformer_blocks, nn.ModuleList()
+        model.to(device).transformer_blocks = HostStream(blocks, device)
+    return model
+
+
+def full_size(config: TransformerConfig, grid: tuple[int, int, int], device: str, size: int = 8192) -> None:
+    """One guided step of a transformer with random weights: resident, in float8, streamed, and both."""
+    rate, cells = matrix_rate(torch.bfloat16, device, size), grid[0] * grid[1] * grid[2]
+    print(f"{torch.cuda.get_device_name() if device == 'cuda' else device}: {rate / 1e12:.1f} TFLOP/s in a bf16 matrix "
+          f"product of {size}\n\n| {config.num_layers} blocks, {cells} + {grid[1] * grid[2]} tokens | seconds per guided "
+          "step | share | peak GB |\n|---|---|---|---|")
+    for streamed, fp8 in ((False, False), (False, True), (True, False), (True, True)):
+        model = random_model(config, device, streamed, fp8)
         plain, whole = (inputs(config, grid, reference, torch.bfloat16, device) for reference in (False, True))
-        L = plain["latent"].shape[1]
 
-        def step(model: nn.Module = model, plain: dict = plain, whole: dict = whole, L: int = L) -> Tensor:
-            return denoise(model, plain["context"], plain["context"], whole["latent"][:, L:], grid, 24.0, (8, 32),
-                           torch.tensor([0.7, 0.0]), plain["latent"].float())
+        def step(model: nn.Module = model, plain: dict = plain, whole: dict = whole) -> Tensor:
+            return denoise(model, plain["context"], plain["context"], whole["latent"][:, cells:], grid, 24.0, (8, 32),
+                           torch.tensor([0.7, 0.0]), plain["latent"].float())  # fmt: skip
 
-        torch.cuda.reset_peak_memory_stats()
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         (seconds,) = clock(device, 3, step)
-        used = torch.cuda.max_memory_allocated() / 1e9
+        used = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else float("nan")
         share = operations(step, torch.bfloat16) / seconds / rate
-        print(f"| {how} | {seconds:.2f} | {share:.0%} | {used:.1f} |", flush=True)
+        name = ("--offload cpu" if streamed else "resident") + " fp8-cast" * fp8
+        print(f"| {name} | {seconds:.2f} | {share:.0%} | {used:.1f} |", flush=True)
         del model, step
-        torch.cuda.empty_cache()
+        if device == "cuda":
+            torch.cuda.empty_cache()
 
 
 @torch.no_grad()
@@ -254,7 +259,7 @@ def main() -> int:
         if device == "cpu":
             print("bench.py: error: expected a CUDA device for --full, got none; run it where one is", file=sys.stderr)
             return 2
-        full_size()
+        full_size(TransformerConfig(), (16, 16, 24), device)
         return 0
     warnings.simplefilter("ignore")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())))

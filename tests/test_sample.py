@@ -208,9 +208,10 @@ def test_the_plan_needs_no_weights_and_covers_a_given_file_too(tiny, capsys):
 def test_warnings_are_one_line_each_and_do_not_stop_the_run(tiny, tmp_path, capsys):
     generate(tiny, tmp_path / "out.mp4", prompt="", height="72")
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
-    assert len(warnings) == 3, warnings
+    assert len(warnings) == 4, warnings
     text = "\n".join(warnings)
     assert "the prompt is empty" in text and "72 px puts reference positions beyond the trained 128 px" in text
+    assert "this checkpoint was trained at 32x32, 5 frames" in text
     assert "--checkpoint-path ltx-2.3-22b-dev.safetensors" in text and "procedural world" in text
 
 

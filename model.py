@@ -389,7 +389,8 @@ class VideoTransformer(nn.Module):
         """
         self._check(latent, timesteps, sigma, positions, context)
         config, dtype = self.config, self.scale_shift_table.dtype
-        rotary = rotary_tables(positions, config.dim, config.heads, config.theta, config.max_pos, phase)
+        tables = rotary_tables(positions, config.dim, config.heads, config.theta, config.max_pos, phase)
+        rotary = tables[0].to(dtype), tables[1].to(dtype)  # made in float32, rounded once and not in every block
         bias = None if attention_mask is None else mask_bias(attention_mask)
         context_bias = None if context_mask is None else mask_bias(context_mask[:, None])
 

@@ -210,7 +210,7 @@ def plan(config: dict = REAL, gemma: text.GemmaConfig = GEMMA, height: int = 512
     needs, pinned = {}, {}
     for fp8 in (False, True):
         for option, offloads in OPTIONS.items():
-            option += " --quantization fp8-cast" * fp8
+            option = " ".join([option] * (option != "no flag" or not fp8) + ["--quantization fp8-cast"] * fp8)
             needs[option] = {stage: sum(weights[name] for name in names) + alive[stage] + RESERVE
                              for stage, names in on_card(*offloads, fp8).items()}
             # PyTorch rounds page-locked tensors up to a power of two. Gemma's layers are gone before the blocks come.

@@ -390,7 +390,8 @@ class VideoTransformer(nn.Module):
         self._check(latent, timesteps, sigma, positions, context)
         config, dtype = self.config, self.scale_shift_table.dtype
         tables = rotary_tables(positions, config.dim, config.heads, config.theta, config.max_pos, phase)
-        rotary = tables[0].to(dtype), tables[1].to(dtype)  # made in float32, rounded once and not in every block
+        rotary = tuple(table.to(dtype) for table in tables)  # made in float32, rounded once and not in every block
+        del tables
         bias = None if attention_mask is None else mask_bias(attention_mask)
         context_bias = None if context_mask is None else mask_bias(context_mask[:, None])
 

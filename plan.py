@@ -73,8 +73,8 @@ ALIVE = {
     # All of Gemma's states with one layer's MLP and norms; then in the projection: states, normalised, zeros, masked.
     "Gemma": "P*N*b * ((Kg + 1)*Dg + 4*Ig + 6*Dg)", "projection": "P*N*b * 4*(Kg + 1)*Dg",
     "connector": "P*N*b * 12*D",  # as below
-    # Feed-forward: the block's input, x, modulated x, gate, 4 D before and 4 D after the GELU; cos and sin in float32.
-    "denoise": "12*n*D*b + 4*n*D + 2*N*D*b",
+    # Feed-forward: the block's input, x, modulated x, gate, 4 D before and 4 D after the GELU; cos and sin.
+    "denoise": "13*n*D*b + 2*N*D*b",
 }
 
 

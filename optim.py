@@ -18,13 +18,16 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
+import sys
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -168,22 +171,43 @@ def seeded(*numbers: int, device: str = "cpu") -> torch.Generator:
 
 
 class Run:
-    """One resumable training run in a folder: `state.safetensors`, `log.jsonl`, contact sheets.
+    """One resumable training run in a folder: `state-<step>.safetensors`, `log.jsonl`, contact sheets.
 
-    `for step in run.steps(...)` yields the step numbers that are still to do, saves every `save_seconds`, at the end
-    and when `minutes` are over; the same command goes on where it stopped. Everything random in a step must come from
-    `seeded(seed, step, rank)`, so that an interrupted run and an uninterrupted one compute the same weights.
+    `for step in run.steps(...)` yields the step numbers that are still to do, saves every `save_seconds`, at the end, when
+    `minutes` are over, and on Ctrl-C or SIGTERM; the same command goes on where it stopped. Everything random in a step
+    must come from `seeded(seed, step, rank)`, so that a run that was killed and one that was not compute the same weights.
+    The newest `keep` states stay, so that one damaged file does not end a run.
+
+    settings: what must not change on the way (JSON-able); resuming with others raises ValueError naming the first.
     """
 
-    def __init__(self, folder: str | Path, model: dict[str, nn.Parameter], optimizer: MuonAdamW, average: Average):
+    def __init__(self, folder: str | Path, model: dict[str, nn.Parameter], optimizer: MuonAdamW, average: Average,
+                 settings: dict | None = None, keep: int = 2):
         self.folder, self.model, self.optimizer, self.average = Path(folder), model, optimizer, average
+        self.settings, self.keep = settings or {}, keep
         self.rank, self.world = start_workers()
-        self.done, self.seconds, self.losses = 0, 0.0, {}
-        if (self.folder / "state.safetensors").exists():
-            self.resume()
+        self.done, self.seconds, self.losses, self.signal = 0, 0.0, {}, 0
+        self.resume()
+
+    def states(self) -> list[Path]:
+        """State files, the newest first."""
+        return sorted(self.folder.glob("state-*.safetensors"), reverse=True)
 
     def resume(self) -> None:
-        tensors, info = load_state(self.folder / "state.safetensors")
+        """Take up the newest state that can be read; nothing happens in an empty folder."""
+        for path in self.states():
+            try:
+                tensors, info = load_state(path)
+            except (SafetensorError, OSError, KeyError) as error:
+                print(f"warning: {path} cannot be read ({error}); taking the one before", file=sys.stderr)
+                continue
+            break
+        else:
+            return
+        for key, old in info.get("settings", {}).items():
+            if key in self.settings and self.settings[key] != old:
+                raise ValueError(f"expected {key} = {old!r}, with which the run in {self.folder} was begun, got "
+                                 f"{self.settings[key]!r}; go on with the old value, or choose another folder")
         with torch.no_grad():
             for k, p in self.model.items():
                 p.copy_(tensors[f"model.{k}"])
@@ -193,10 +217,14 @@ class Run:
         self.done, self.seconds = info["step"], info["seconds"]
 
     def save(self) -> None:
-        if self.rank == 0:
-            tensors = {f"model.{k}": p for k, p in self.model.items()}
-            tensors |= {f"average.{k}": v for k, v in self.average.shadow.items()} | self.optimizer.state()
-            save_state(self.folder / "state.safetensors", tensors, {"step": self.done, "seconds": self.seconds})
+        if self.rank != 0:
+            return
+        tensors = {f"model.{k}": p for k, p in self.model.items()}
+        tensors |= {f"average.{k}": v for k, v in self.average.shadow.items()} | self.optimizer.state()
+        info = {"step": self.done, "seconds": self.seconds, "settings": self.settings}
+        save_state(self.folder / f"state-{self.done:08d}.safetensors", tensors, info)
+        for old in self.states()[self.keep:]:
+            old.unlink()
 
     @contextmanager
     def averaged(self):
@@ -216,34 +244,57 @@ class Run:
                 f.write(json.dumps({"step": self.done, "seconds": round(self.seconds, 1), **values}) + "\n")
 
     def stop_together(self, stop: bool) -> bool:
-        """Rank 0 decides for all: workers that stop at different steps would wait for each other for ever."""
+        """One worker's wish is everybody's: workers that stop at different steps would wait for each other for ever."""
         if self.world == 1:
             return stop
         flag = torch.tensor([float(stop)])
         if torch.cuda.is_available():
             flag = flag.cuda()
-        dist.broadcast(flag, 0)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag.item())
 
+    @contextmanager
+    def signals(self):
+        """Inside, Ctrl-C and SIGTERM are only noted, and `steps` ends after the step that is being computed."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        def note(number: int, frame: object) -> None:
+            self.signal = number
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
     def steps(self, total: int, minutes: float, samples_per_step: int, name: str, save_seconds: float = 120):
+        """Yield what is to do up to step `total`. After a signal: save, say how to go on, exit with 128 + its number."""
         start, last_save, first = time.time(), time.time(), self.done
         bar = tqdm(total=total, initial=first, desc=name, disable=self.rank != 0, dynamic_ncols=True, mininterval=2)
         before = self.seconds
-        while self.done < total:
-            yield self.done
-            self.done += 1
-            self.seconds = before + time.time() - start
-            bar.update()
-            if self.done % 10 == 0:
-                rate = (self.done - first) * samples_per_step * self.world / (time.time() - start)
-                shown = {k: f"{v:.4f}" for k, v in self.losses.items()}
-                bar.set_postfix(shown | {"samples/s": f"{rate:.1f}"}, refresh=False)
+        with self.signals():
+            while self.done < total:
+                yield self.done
+                self.done += 1
+                self.seconds = before + time.time() - start
+                bar.update()
+                if self.done % 10 == 0:
+                    rate = (self.done - first) * samples_per_step * self.world / (time.time() - start)
+                    shown = {k: f"{v:.4f}" for k, v in self.losses.items()}
+                    bar.set_postfix(shown | {"samples/s": f"{rate:.1f}"}, refresh=False)
+                if self.done % 50 == 0:
+                    self.log(**self.losses)
                 if time.time() - last_save > save_seconds:
                     self.save()
                     last_save = time.time()
-                if self.done % 50 == 0:
-                    self.log(**self.losses)
-                if self.stop_together(time.time() - start > minutes * 60):
+                late = self.done % 10 == 0 and time.time() - start > minutes * 60
+                if self.stop_together(bool(self.signal) or late):
                     break
-        bar.close()
-        self.save()
+            bar.close()
+            self.save()
+        if self.signal:
+            if self.rank == 0:
+                print(f"stopped after step {self.done} of {total}, everything is saved in {self.folder}; "
+                      "the same command goes on", file=sys.stderr)
+            sys.exit(128 + self.signal)

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -66,6 +67,7 @@ def parse_arguments() -> argparse.Namespace:
     p.add_argument("--steps", type=int, default=3000, help="LTX-2.3's trainer default")
     p.add_argument("--batch", type=int, default=16, help="clips per worker and step")
     p.add_argument("--minutes", type=float, default=1e9, help="stop and save after this time; run again to go on")
+    p.add_argument("--save-seconds", type=float, default=120, help="time between saved states; the newest two are kept")
     p.add_argument("--lr", type=float, help="default 2e-4 for a LoRA (LTX-2.3), 1e-3 (Muon 3e-3) with --full")
     p.add_argument("--placement", choices=list(PLACEMENTS), default="tass", help="where reference tokens sit (rope.py)")
     # our reading: InstructPix2Pix drops 5 % each; text-first guidance needs the reference-free stream most
@@ -172,8 +174,15 @@ def save_result(args: argparse.Namespace, run: Run, model: VideoTransformer) -> 
         return args.out / "model.safetensors"
 
 
-def main() -> None:
-    args = parse_arguments()
+def check_finite(step: int, terms: dict[str, Tensor], rows: Tensor) -> None:
+    """Raise ValueError naming the step, the term and the clips as soon as a loss is not a number: saved states stay good."""
+    for name, value in terms.items():
+        if not value.isfinite():
+            raise ValueError(f"expected finite losses, got {value.item()} for {name} at step {step}, clips "
+                             f"{rows.tolist()}; lower --lr and run again: the last saved state is from before")
+
+
+def train(args: argparse.Namespace) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -184,7 +193,10 @@ def main() -> None:
     contexts, context_row = cache_contexts(text, data.ids, data.mask)
     null_row = context_row[-1]
     named, optimizer = make_optimizer(args, model)
-    run = Run(args.out, named, optimizer, Average(named))
+    free = ("steps", "minutes", "compile", "out", "save_seconds")  # what may change when a run is taken up again
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()
+                if key not in free}
+    run = Run(args.out, named, optimizer, Average(named), settings)
     strength = AugmentStrength(color=args.augment_color, pose=args.augment_pose, layout=args.augment_layout)
     positions = grid_to_positions(video_grid(*GRID), FRAME_RATE, vae.time_scale, vae.space_scale)[None].to(device)
     ref_positions = grid_to_positions(reference_grid(*GRID, args.placement), FRAME_RATE, vae.time_scale,
@@ -193,7 +205,7 @@ def main() -> None:
     forward = torch.compile(velocity) if args.compile else velocity
 
     next_check = run.seconds + 300
-    for step in run.steps(args.steps, args.minutes, args.batch, "st-drc"):
+    for step in run.steps(args.steps, args.minutes, args.batch, "st-drc", args.save_seconds):
         g = seeded(args.seed, step, run.rank, device=device)
         batch = {k: v.to(device) for k, v in data.batch(args.batch, g).items()}
         keep_ref, keep_text = drop_conditions(args, args.batch, g)
@@ -216,6 +228,8 @@ def main() -> None:
             x0_hat = clean_estimate(noisy, v, sigma)
             with torch.autocast(device, torch.bfloat16):
                 identity = identity_term(args, vae, net, x0_hat, sigma, keep_ref, batch["boxes"], anchor, g)
+        check_finite(step, {"flow matching": fm, "the face-weighted loss": face, "the identity loss": identity},
+                     batch["index"] if "index" in batch else torch.arange(args.batch))
         total_loss(fm, face, identity, args.w_face, args.w_id).backward()
 
         average_gradients(optimizer.parameters(), run.world)
@@ -232,5 +246,19 @@ def main() -> None:
         print(f"wrote {save_result(args, run, model)} after {run.done} steps, {run.seconds / 60:.0f} min")
 
 
+def main() -> int:
+    try:
+        train(parse_arguments())
+    except KeyboardInterrupt:  # before the first step; later ones are noted and the run is saved, see Run.signals
+        print("train.py: stopped while preparing; the same command begins again", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        message = " ".join(str(error).split())
+        print(f"train.py: error: {message}" + ("" if "; " in message else "; check that file and the free space"),
+              file=sys.stderr)
+        return 2
+    return 0
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

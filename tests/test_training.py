@@ -3,7 +3,12 @@
     pytest tests/test_training.py
 """
 
+import random
+import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,13 +21,13 @@ from checkpoint import read_metadata
 from optim import Average, MuonAdamW, Run, orthogonalize, schedule, seeded, split_parameters
 
 
-def toy_run(folder, minutes):
+def toy_run(folder, minutes, save_seconds=120):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
     named = dict(model.named_parameters())
     optimizer = MuonAdamW(*split_parameters(named, keep_out=("2.",)))
     run = Run(folder, named, optimizer, Average(named))
-    for step in run.steps(30, minutes, 4, "toy"):
+    for step in run.steps(30, minutes, 4, "toy", save_seconds):
         g = seeded(0, step, run.rank)
         x = torch.randn(4, 6, generator=g)
         loss = (model(x) - x[:, :2]).square().mean()
@@ -42,8 +47,61 @@ def test_an_interrupted_run_ends_at_the_same_weights_bit_for_bit(tmp_path):
     assert stops == [10, 20, 30]
     for name, value in straight.items():
         assert torch.equal(value, weights[name]), name
-    a, b = (optim.load_state(tmp_path / x / "state.safetensors")[0] for x in "ab")
+    a, b = (optim.load_state(tmp_path / x / "state-00000030.safetensors")[0] for x in "ab")
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert len(list((tmp_path / "b").glob("state-*"))) == 2, "the newest two are kept"
+
+
+def test_a_damaged_state_is_passed_over_and_other_settings_are_refused(tmp_path, capsys):
+    run, _ = toy_run(tmp_path, minutes=0)
+    run, weights = toy_run(tmp_path, minutes=0)
+    newest = run.states()[0]
+    newest.write_bytes(newest.read_bytes()[:1000])
+    again, same = toy_run(tmp_path, minutes=0)
+    assert again.done == 20 and "cannot be read" in capsys.readouterr().err
+    assert all(torch.equal(weights[name], same[name]) for name in weights)
+    named = {"w": nn.Parameter(torch.zeros(2, 2))}
+    optimizer = MuonAdamW({}, named)
+    Run(tmp_path / "c", named, optimizer, Average(named), {"lr": 1e-3, "new": 1}).save()
+    assert Run(tmp_path / "c", named, optimizer, Average(named), {"lr": 1e-3}).done == 0
+    with pytest.raises(ValueError, match="expected lr = 0.001"):
+        Run(tmp_path / "c", named, optimizer, Average(named), {"lr": 2e-3})
+
+
+TOY = """
+import sys, torch
+sys.path[:0] = [{tests!r}, {root!r}]
+torch.set_num_threads(1)
+import optim, test_training, time
+slow = optim.seeded
+def seeded(*numbers):
+    print("in a step", flush=True)
+    time.sleep(0.02)  # long enough to be hit
+    return slow(*numbers)
+test_training.seeded = seeded
+run, weights = test_training.toy_run({folder!r}, 9, save_seconds=0)
+"""
+
+
+def test_signals_save_and_kills_lose_nothing(tmp_path):
+    """Ctrl-C and SIGTERM end after a step with status 130 and 143; SIGKILL at random moments: the same final weights."""
+    _, straight = toy_run(tmp_path / "straight", minutes=9)
+    here = Path(__file__).resolve().parent
+    script = TOY.format(tests=str(here), root=str(here.parent), folder=str(tmp_path / "killed"))
+    draw, seen = random.Random(3), []
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL, signal.SIGKILL, signal.SIGKILL):
+        process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process.stdout.readline()  # the first step has begun
+        time.sleep(0.12 * draw.random())
+        process.send_signal(number)
+        _, error = process.communicate(timeout=60)
+        seen.append(process.returncode)
+        if number != signal.SIGKILL and process.returncode:
+            assert "everything is saved" in error and error.count("goes on") == 1, error
+    assert seen[:2] == [130, 143] and seen[2:] == [-9, -9, -9], seen
+    run, weights = toy_run(tmp_path / "killed", minutes=9)
+    assert run.done == 30
+    assert all(torch.equal(straight[name], weights[name]) for name in straight)
 
 
 def test_orthogonalize_brings_singular_values_near_one():
@@ -82,10 +140,13 @@ def test_every_stage_hands_on_what_the_next_one_reads(tmp_path, monkeypatch):
     call(pretrain, monkeypatch, "judge", "--steps", "2", *quick)
     call(train, monkeypatch, "--full", "--steps", "2", *quick)
     call(train, monkeypatch, "--steps", "2", "--out", "runs/lora", "--placement", "overlap", *quick)
+    assert train.main() == 0, "nothing left to do"
+    monkeypatch.setattr(sys, "argv", ["train.py", "--steps", "3", "--out", "runs/lora", "--rank", "8", *quick])
+    assert train.main() == 2, "another rank is another run"
     call(pretrain, monkeypatch, "export")
     model = read_metadata("weights/tiny/model.safetensors")
     assert model["reference_placement"] == "tass" and model["config"]["inference"]["width"] == 64
-    before = optim.load_state("runs/st-drc/state.safetensors")[0]
+    before = optim.load_state("runs/st-drc/state-00000002.safetensors")[0]
     base = pretrain.load_weights(pretrain.VideoVAE(model["config"]["vae"]), "runs/base.safetensors", "vae.")
     after = pretrain.load_weights(pretrain.VideoVAE(model["config"]["vae"]), "weights/tiny/model.safetensors", "vae.")
     for (name, a), b in zip(base.state_dict().items(), after.state_dict().values(), strict=True):

@@ -119,6 +119,7 @@ class Plan:
 
 
 def compute(formulas: dict[str, str], sizes: dict[str, int]) -> dict[str, int]:
+    """Evaluate this file's own formulas above (never text from outside), so that what is printed is what is computed."""
     return {name: eval(formula, {"__builtins__": {}}, sizes) for name, formula in formulas.items()}
 
 

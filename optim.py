@@ -190,8 +190,8 @@ class Run:
         self.resume()
 
     def states(self) -> list[Path]:
-        """State files, the newest first."""
-        return sorted(self.folder.glob("state-*.safetensors"), reverse=True)
+        """State files, the newest first; last the one of a run from before they had numbers."""
+        return sorted(self.folder.glob("state*.safetensors"), key=lambda path: path.stem, reverse=True)
 
     def resume(self) -> None:
         """Take up the newest state that can be read; nothing happens in an empty folder."""

@@ -99,7 +99,7 @@ class CausalConv3d(nn.Module):
         single = x.device.type == "cpu" and x.dtype == conv.weight.dtype == torch.float32 and x.shape[0] == 1
         single = single and torch.backends.mkldnn.enabled and not torch.is_autocast_enabled("cpu")
         if single and x.numel() > conv.weight.numel():
-            # For a single small float32 clip PyTorch itself would take a plain loop, five times slower than oneDNN's.
+            # For a single small float32 clip PyTorch itself would take a plain loop, several times slower than oneDNN's.
             return torch.mkldnn_convolution(x, conv.weight, conv.bias, conv.padding, conv.stride, conv.dilation, 1)
         return conv(x)                                                                    # (B, c_out, F, H, W)
 

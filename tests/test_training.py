@@ -60,6 +60,10 @@ def test_a_damaged_state_is_passed_over_and_other_settings_are_refused(tmp_path,
     again, same = toy_run(tmp_path, minutes=0)
     assert again.done == 20 and "cannot be read" in capsys.readouterr().err
     assert all(torch.equal(weights[name], same[name]) for name in weights)
+    (tmp_path / "old").mkdir()
+    again.states()[0].rename(tmp_path / "old" / "state.safetensors")  # the name of earlier versions
+    assert toy_run(tmp_path / "old", minutes=9)[0].done == 30
+    assert (tmp_path / "old" / "state-00000030.safetensors").exists()
     named = {"w": nn.Parameter(torch.zeros(2, 2))}
     optimizer = MuonAdamW({}, named)
     Run(tmp_path / "c", named, optimizer, Average(named), {"lr": 1e-3, "new": 1}).save()

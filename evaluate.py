@@ -35,15 +35,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 import world
-from face import FaceNet, load_facenet
 from checkpoint import load_weights, read_metadata
-from model import TransformerConfig, VideoTransformer, ltx_sigmas
-from optim import seeded, write_beside
-from pretrain import TRANSFORMER_PREFIX, save_sheet
+from face import FaceNet, load_facenet
+from model import TRANSFORMER_PREFIX, TransformerConfig, VideoTransformer, ltx_sigmas
 from reference import encode_reference
+from run import seeded, write_beside
 from sample import denoise
 from text import TextEncoder
 from vae import VideoVAE, psnr
+from video import save_sheet
 
 HERE = Path(__file__).parent
 JUDGED_FRAMES = [0, 2, 4, 6, 8]

@@ -107,8 +107,10 @@ def _linears(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in modules if hasattr(module, "in_features") and not name.endswith(".base")}
 
 
-def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
+def lora_state_dict(model: nn.Module, whole: Callable[[Tensor], Tensor] = lambda x: x) -> dict[str, Tensor]:
     """The LoRA under the names LTX-2.3 tools expect; raises ValueError when the model has none.
+
+    whole: puts a tensor together that is spread over several processes (workers.whole).
 
     LTX-2.3: loaders add B @ A and know no alpha, so the scale is folded into B here. LoRAs stacked on one linear come
     out as one of their summed rank: B1 A1 + B2 A2 = [B1 B2] [A1; A2].
@@ -120,8 +122,8 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
             layers.append(module)
             module = module.base
         if layers:
-            A = torch.cat([layer.lora_A.detach() for layer in layers])  # (rank, in)
-            B = torch.cat([layer.lora_B.detach() * layer.scale for layer in layers], dim=1)  # (out, rank)
+            A = torch.cat([whole(layer.lora_A.detach()) for layer in layers])  # (rank, in)
+            B = torch.cat([whole(layer.lora_B.detach()) * layer.scale for layer in layers], dim=1)  # (out, rank)
             state |= {f"{LORA_PREFIX}{name}.lora_A.weight": A, f"{LORA_PREFIX}{name}.lora_B.weight": B}
     if not state:
         raise ValueError("expected a model with LoRA, got one without; call add_lora first")
@@ -133,12 +135,17 @@ def save_lora(
     model: nn.Module,
     metadata: dict[str, str] | None = None,
     dtype: torch.dtype = torch.float32,
+    whole: Callable[[Tensor], Tensor] = lambda x: x,
+    write: bool = True,
 ) -> None:
     """Write the LoRA alone as a safetensors file; metadata (strings) say how it was trained ("reference_placement").
 
     LTX-2.3: the official trainer writes bf16; float32 loses nothing. Raises ValueError when the model has no LoRA.
+    whole, write: with several processes all call this, each gives its part to `whole`, and one writes.
     """
-    write_file(path, {key: tensor.to(dtype) for key, tensor in lora_state_dict(model).items()}, metadata or {})
+    state = lora_state_dict(model, whole)
+    if write:
+        write_file(path, {key: tensor.to(dtype) for key, tensor in state.items()}, metadata or {})
 
 
 # ---------------------------------------------------------------- reading one, in anybody's spelling

@@ -166,6 +166,23 @@ def stream_blocks(count: int, load: Callable[[int, torch.device], nn.Module], de
     raise ValueError(f"expected offload cpu or disk, got {offload!r}; use one of them")
 
 
+def load_by_block(model: nn.Module, blocks: str, path: str | os.PathLike, prefix: str, dtype: torch.dtype | None,
+                  device: str | torch.device, finish: Callable[[nn.Module], object]) -> nn.Module:
+    """checkpoint.load_weights, one block of the ModuleList named `blocks` at a time; each goes through `finish(block)`.
+
+    For training on several processes: `finish` keeps a part of the block (workers.shard), so that the device never holds
+    more than one whole block. The model is on the meta device; returns it. Raises ValueError as load_weights.
+    """
+    check_weights(model, path, prefix)  # now, and not when some block is read
+    waiting = getattr(model, blocks)
+    setattr(model, blocks, nn.ModuleList())  # so that what remains loads without them
+    load_weights(model, path, prefix, dtype, device)
+    for i, block in enumerate(waiting):
+        finish(load_weights(block, path, f"{prefix}{blocks}.{i}.", dtype, device))
+    setattr(model, blocks, waiting)
+    return model
+
+
 def load_streamed(model: nn.Module, blocks: str, path: str | os.PathLike, prefix: str,
                   dtype: torch.dtype | None = None, device: str | torch.device = "cpu", offload: str = "none",
                   change: Callable[[str, Tensor], Tensor] | None = None) -> nn.Module:

@@ -111,6 +111,8 @@ class TransformerConfig:
         }
 
 
+TRANSFORMER_PREFIX = "model.diffusion_model."  # LTX-2.3: of its names in the checkpoint file
+
 # LTX-2.3: what tells this generation from its relatives; the code below has no other branch.
 LTX23_SWITCHES = {
     "rope_type": "split",

@@ -35,21 +35,27 @@ from tqdm import tqdm
 
 import world
 from checkpoint import load_weights, save_checkpoint
-from face import FaceNet, square
-from losses import crop_faces, flow_matching_loss, pool_face_mask
-from model import TransformerConfig, VideoTransformer, ltx_sigmas, training_sigmas
-from optim import (
-    Average,
-    MuonAdamW,
-    Run,
-    average_gradients,
-    schedule,
-    seeded,
-    split_parameters,
-    write_beside,
+from dataset import (
+    CLIPS,
+    DATA,
+    FRAME_RATE,
+    FRAMES,
+    GRID,
+    SIZE,
+    Order,
+    cached_world,
+    clip_rows,
+    fresh_world,
+    render_clips,
+    share,
 )
-from reference import encode_reference, patchify
+from face import FaceNet, square
+from losses import crop_faces, flow_matching_loss
+from model import TRANSFORMER_PREFIX, TransformerConfig, VideoTransformer, ltx_sigmas, training_sigmas
+from optim import KEEP_FROM_MUON, Average, MuonAdamW, schedule, split_parameters
+from reference import patchify
 from rope import grid_to_positions, video_grid
+from run import Run, seeded, write_beside
 from sample import denoise
 from text import (
     CONNECTOR_PREFIX,
@@ -64,10 +70,10 @@ from text import (
     train_bpe,
 )
 from vae import VideoVAE, psnr
+from video import save_sheet
+from workers import average_gradients
 
-DATA, RUNS, WEIGHTS = Path("data"), Path("runs"), Path("weights/tiny")
-FRAMES, SIZE, FRAME_RATE = 9, 64, 8.0  # at 48 pixels the eyes would be 1-2 pixels wide
-CLIPS = 24_576                         # every one shows another person
+RUNS, WEIGHTS = Path("runs"), Path("weights/tiny")
 
 # The tiny model: LTX-2.3's own config keys with small numbers. Same code, other numbers.
 TINY_VAE = {
@@ -84,7 +90,6 @@ TINY_VAE = {
                        ["res_x", {"num_layers": 2}]],
 }
 
-GRID = ((FRAMES - 1) // 4 + 1, SIZE // 8, SIZE // 8)  # latent frames, height, width
 TINY_TRANSFORMER = TransformerConfig(
     in_channels=128, out_channels=128, num_layers=6, heads=4, head_dim=48,
     # LTX's own 10000 and (20 s, 2048, 2048) would waste most frequencies on a one-second, 64-pixel clip
@@ -99,7 +104,6 @@ TINY_GEMMA = GemmaConfig(vocab_size=512, hidden_size=96, intermediate_size=192, 
                          num_attention_heads=2, num_key_value_heads=1, head_dim=48, query_pre_attn_scalar=48.0,
                          sliding_window=64)
 EXAMPLES = {"ada": 7, "ben": 15, "cleo": 18, "dan": 13}  # name -> row of the test split
-TRANSFORMER_PREFIX = "model.diffusion_model."
 # What sample.py uses when a flag is not given; a checkpoint without this entry gets LTX-2.3's official numbers. The two
 # scales were chosen on the validation split (python evaluate.py --split val --text-scale ... --ref-scale ...).
 TINY_INFERENCE = {"width": SIZE, "height": SIZE, "num_frames": FRAMES, "frame_rate": FRAME_RATE, "steps": 15,
@@ -107,27 +111,6 @@ TINY_INFERENCE = {"width": SIZE, "height": SIZE, "num_frames": FRAMES, "frame_ra
 
 
 # --------------------------------------------------------------------------------------------------------- data: render
-def clip_rows(split: str, start: int, count: int) -> dict[str, Tensor]:
-    """Who does what where, for clips start..start+count of a split. A pure function of its arguments."""
-    out = {k: [] for k in ("person", "setting", "action", "template")}
-    everyone = world.people(split, start + count)
-    for i in range(start, start + count):
-        g = seeded(world.SPLIT_SEEDS[split], i)
-        out["person"].append(everyone[i])
-        out["setting"].append(world.draw_settings(1, g)[0])
-        out["action"].append(world.draw_actions(1, g)[0])
-        out["template"].append(torch.randint(len(world.TEMPLATES), (), generator=g))
-    return {k: torch.stack(v) for k, v in out.items()}
-
-
-def render_clips(rows: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows -> video (B, 3, F, 64, 64) in [-1, 1], face boxes (B, F, 4), face mask on the latent grid (B, L)."""
-    device = generator.device
-    poses = world.action_poses(rows["action"].to(device), FRAMES, generator)
-    video, boxes, mask = world.render(rows["person"].to(device), rows["setting"].to(device), poses, SIZE)
-    return video, boxes, pool_face_mask(mask, 4, 8)
-
-
 def render_stage(args: argparse.Namespace) -> None:
     """Render `--clips` clips once into data/train: training never waits for the renderer. Resumable in blocks."""
     folder = DATA / "train"
@@ -207,14 +190,6 @@ def validation_clips(count: int, seed: int = 5) -> tuple[Tensor, Tensor]:
     return video, boxes
 
 
-def save_sheet(path: Path, rows: list[Tensor], scale: int = 2) -> None:
-    """Contact sheet: each row a list of pictures (n, 3, h, w) in [-1, 1], side by side; enlarged by a whole factor."""
-    picture = torch.cat([torch.cat(list(r), dim=2) for r in rows], dim=1)
-    image = Image.fromarray(world.to_uint8(picture).permute(1, 2, 0).cpu().numpy())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.resize((image.width * scale, image.height * scale), Image.NEAREST).save(path)
-
-
 @torch.no_grad()
 def check_vae(vae: VideoVAE, run: Run, device: str) -> float:
     """PSNR on unseen people with the averaged weights, and a sheet: input above, reconstruction below."""
@@ -251,8 +226,7 @@ def vae_stage(args: argparse.Namespace, device: str) -> None:
         optimizer.step(schedule(step, args.steps))
         vae.zero_grad(set_to_none=True)
         run.average.update(named, step)
-        run.losses = {"loss": 0.98 * run.losses.get("loss", loss.item()) + 0.02 * loss.item(),
-                      "train_psnr": 0.98 * run.losses.get("train_psnr", dB.item()) + 0.02 * dB.item()}
+        run.record(loss=loss.item(), train_psnr=dB.item())
         if run.rank == 0 and run.seconds > next_check:
             check_vae(vae, run, device)
             next_check = run.seconds + 180
@@ -316,83 +290,19 @@ def init_transformer(model: VideoTransformer) -> None:
         model.scale_shift_table.zero_()
 
 
-class Latents:
-    """Cached latents of the rendered clips, and the token ids of their captions (`index` points into them)."""
-
-    def __init__(self, text: TextEncoder):
-        self.latents = np.load(DATA / "train" / "latents.npy", mmap_mode="r")
-        self.faces = np.load(DATA / "train" / "faces.npy", mmap_mode="r")
-        self.boxes = np.load(DATA / "train" / "boxes.npy", mmap_mode="r")
-        self.rows = clip_rows("train", 0, len(self.latents))
-        prompts = [world.caption(s, int(a), int(t)) for s, a, t in
-                   zip(self.rows["setting"], self.rows["action"], self.rows["template"], strict=True)]
-        self.ids, self.mask = text.tokenize([*prompts, ""])  # the last one is the null prompt
-
-    def batch(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """index (B,), x0 (B, L, C), face (B, L), boxes (B, F, 4), person (B, T), setting (B, 3)."""
-        index = torch.randint(len(self.latents), (count,), generator=generator).sort().values
-        i = index.numpy()
-        return {"index": index, "x0": torch.from_numpy(self.latents[i]).float(),
-                "face": torch.from_numpy(self.faces[i]).float(), "boxes": torch.from_numpy(self.boxes[i]),
-                "person": self.rows["person"][index], "setting": self.rows["setting"][index]}
-
-
-class FreshLatents:
-    """The same batches without a data set: rendered and encoded on the spot, for a GPU that is faster than a disk."""
-
-    def __init__(self, text: TextEncoder, vae: VideoVAE):
-        self.vae = vae
-        self.ids, self.mask = text.tokenize([*world.all_captions(), ""])
-
-    @torch.no_grad()
-    def batch(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """As `Latents.batch`; every clip shows a person who never comes back."""
-        g, device = generator, generator.device
-        rows = {"person": torch.rand(count, len(world.TRAITS), generator=g, device=device),
-                "setting": world.draw_settings(count, g), "action": world.draw_actions(count, g)}
-        template = torch.randint(len(world.TEMPLATES), (count,), generator=g, device=device)
-        video, boxes, face = render_clips(rows, g)
-        with torch.autocast(device.type, torch.bfloat16):
-            x0 = patchify(self.vae.encode(video)).float()
-        sizes = (len(world.LIGHTS), len(world.SHIRTS), len(world.ACTIONS), len(world.TEMPLATES))
-        index = rows["setting"][:, 0]  # the place of this caption in world.all_captions()
-        for size, digit in zip(sizes, (*rows["setting"].T[1:], rows["action"], template), strict=True):
-            index = index * size + digit
-        return {"index": index, "x0": x0, "face": face, "boxes": boxes, "person": rows["person"],
-                "setting": rows["setting"]}
-
-
-def latent_source(text: TextEncoder, checkpoint: Path, device: str) -> Latents | FreshLatents:
-    """Cached latents on a CPU; on CUDA fresh ones, through the frozen VAE of a checkpoint."""
-    if device == "cpu":
-        if not (DATA / "train" / "latents.npy").exists():
-            raise SystemExit("no latents in data/train: run `python pretrain.py encode` first")
-        return Latents(text)
-    vae = load_weights(VideoVAE(TINY_VAE), checkpoint, "vae.", torch.float32, device)
-    return FreshLatents(text, vae.eval().requires_grad_(False))
-
-
 @torch.no_grad()
-def check_samples(run: Run, model: VideoTransformer, text: TextEncoder, vae: VideoVAE, device: str,
-                  placement: str | None = None) -> None:
-    """Contact sheet of eight fixed validation prompts and noises, averaged weights: runs/.../sheet.png.
-
-    placement None: text only. Otherwise each row opens with its reference picture.
-    """
+def check_samples(run: Run, model: VideoTransformer, text: TextEncoder, vae: VideoVAE, device: str) -> None:
+    """Contact sheet of eight fixed validation prompts and noises, averaged weights: runs/base/sheet.png."""
     n, g, d = 8, seeded(12), TINY_INFERENCE
     rows = clip_rows("val", 0, n)
-    pictures, _ = world.draw_references(rows["person"], world.draw_settings(n, g), g, SIZE)
     prompts = [world.caption(s, int(a)) for s, a in zip(rows["setting"], rows["action"], strict=True)]
     noise = torch.randn(n, GRID[0] * GRID[1] * GRID[2], vae.latent_channels, generator=g).to(device)
     with run.averaged(), torch.autocast(device, torch.bfloat16):
-        tokens = None if placement is None else encode_reference(vae.encode, pictures.to(device)).float()
-        latent = denoise(model, text.encode(prompts), text.encode([""]), tokens, GRID, FRAME_RATE,
+        latent = denoise(model, text.encode(prompts), text.encode([""]), None, GRID, FRAME_RATE,
                          (vae.time_scale, vae.space_scale), ltx_sigmas(d["steps"], d["schedule_tokens"]), noise,
-                         d["text_scale"], d["ref_scale"], placement=placement or "tass")
+                         d["text_scale"])
         video = vae.decode(latent).float().cpu()
-    opening = [[] if placement is None else [pictures[i]] for i in range(n)]
-    save_sheet(run.folder / "sheet.png", [[*first, *v[:, ::2].transpose(0, 1)] for first, v in
-                                          zip(opening, video, strict=True)])
+    save_sheet(run.folder / "sheet.png", [list(v[:, ::2].transpose(0, 1)) for v in video])
 
 
 def draw_noise(x0: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -415,9 +325,6 @@ def base_loss(text: TextEncoder, model: VideoTransformer, x0: Tensor, noise: Ten
     return flow_matching_loss(v.float(), noise - x0)
 
 
-KEEP_FROM_MUON = ("patchify_proj", "proj_out", "adaln", "embed_tokens", "scale_shift_table", "registers", "aggregate")
-
-
 def base_stage(args: argparse.Namespace, device: str) -> None:
     """Text-to-video without any reference: what LTX-2.3 is to the paper, this is to train.py."""
     torch.manual_seed(args.seed)
@@ -425,30 +332,33 @@ def base_stage(args: argparse.Namespace, device: str) -> None:
     text, model = new_text_encoder(tokenizer), VideoTransformer(TransformerConfig.from_checkpoint(TINY_TRANSFORMER))
     init_transformer(model)
     both = nn.ModuleDict({"text": text, "transformer": model}).to(device)
-    data = latent_source(text, RUNS / "vae.safetensors", device)
+    vae = load_weights(VideoVAE(TINY_VAE), RUNS / "vae.safetensors", "vae.", torch.float32, device).eval()
+    data = cached_world() if device == "cpu" else fresh_world(vae)
+    all_ids, all_masks = text.tokenize(data.captions)
     named = dict(both.named_parameters())
     optimizer = MuonAdamW(*split_parameters(named, KEEP_FROM_MUON), lr_matrix=3e-3, lr_other=1e-3)
     run = Run(RUNS / "base", named, optimizer, Average(named))
     positions = grid_to_positions(video_grid(*GRID), FRAME_RATE, 4, 8).expand(args.batch, -1, -1, -1).to(device)
     loss_fn = torch.compile(base_loss) if args.compile else base_loss
-    vae = load_weights(VideoVAE(TINY_VAE), RUNS / "vae.safetensors", "vae.", torch.float32, device)
+    order = Order(data.groups, args.batch * run.world, args.seed)
     next_check = run.seconds + 300
     for step in run.steps(args.steps, args.minutes, args.batch, "base"):
         g = seeded(args.seed, step, run.rank, device=device)
-        batch = {k: v.to(device) for k, v in data.batch(args.batch, g).items()}
-        sigma, noise, noisy = draw_noise(batch["x0"], g)
+        mine = share(order(step), run.rank, run.world, args.batch)
+        batch = data.clips([i for _, i in mine], [seeded(args.seed, step, place) for place, _ in mine])
+        x0 = batch["x0"].to(device)
+        sigma, noise, noisy = draw_noise(x0, g)
         drop = torch.rand(args.batch, generator=g, device=device) < 0.1                   # text dropout, for guidance
-        rows = torch.where(drop, len(data.ids) - 1, batch["index"])
-        ids, mask = data.ids[rows], data.mask[rows]
+        rows = torch.where(drop, len(all_ids) - 1, batch["caption"].to(device))
         with torch.autocast(device, torch.bfloat16):
-            loss = loss_fn(text, model, batch["x0"], noise, noisy, sigma, positions, ids, mask)
+            loss = loss_fn(text, model, x0, noise, noisy, sigma, positions, all_ids[rows], all_masks[rows])
         loss.backward()
         average_gradients(optimizer.parameters(), run.world)
         nn.utils.clip_grad_norm_(optimizer.parameters(), 1.0)
         optimizer.step(schedule(step, args.steps, decay=0.2))
         both.zero_grad(set_to_none=True)
         run.average.update(named, step)
-        run.losses = {"loss": 0.98 * run.losses.get("loss", loss.item()) + 0.02 * loss.item()}
+        run.record(loss=loss.item())
         if run.rank == 0 and (run.seconds > next_check or step + 1 == args.steps):
             check_samples(run, model, text, vae, device)
             next_check = run.seconds + 300
@@ -542,7 +452,7 @@ def recogniser_stage(args: argparse.Namespace, device: str, judge: bool) -> None
         nn.utils.clip_grad_norm_(optimizer.parameters(), 1.0)
         optimizer.step(schedule(step, args.steps))
         net.zero_grad(set_to_none=True)
-        run.losses = {"loss": 0.95 * run.losses.get("loss", loss.item()) + 0.05 * loss.item()}
+        run.record(loss=loss.item())
     tensors = {k: v.bfloat16().contiguous() for k, v in net.state_dict().items() if v.is_floating_point()}
     write_beside(RUNS / f"{name}.safetensors", lambda p: save_file(tensors, p))
     print(f"{name}: top-1 and look-alike accuracy among 256 unseen people: {check_recogniser(net, judge, device)}")

@@ -49,7 +49,7 @@ from guidance import BOTH, NULL, ORDERS, REF, TEXT, guide, stream_weights
 from lora import load_lora, lora_changes, read_lora
 from losses import clean_estimate
 from memory import OFFLOADS, cast_linears, load_streamed
-from model import DISTILLED_SIGMAS, TransformerConfig, VideoTransformer, euler_step, ltx_sigmas
+from model import DISTILLED_SIGMAS, TRANSFORMER_PREFIX, TransformerConfig, VideoTransformer, euler_step, ltx_sigmas
 from reference import append_reference, drop_reference, encode_reference, letterbox, unpatchify
 from rope import PLACEMENTS, grid_to_positions, reference_grid, source_phase, video_grid
 from text import check_text, encode_once
@@ -61,7 +61,7 @@ TINY = Path(__file__).resolve().parent / "weights" / "tiny"
 INFERENCE = {"width": 768, "height": 512, "num_frames": 121, "frame_rate": 24.0, "steps": 30, "text_scale": 3.0,
              "ref_scale": 2.0, "rescale": 0.0, "stg_scale": 0.0, "stg_blocks": [28], "schedule_tokens": 4096,
              "reference_psnr_floor": None}
-TRANSFORMER_PREFIX, VAE_PREFIX = "model.diffusion_model.", "vae."  # LTX-2.3: names in the file
+VAE_PREFIX = "vae."  # LTX-2.3: names in the file
 STREAM_NAMES = {NULL: "null", TEXT: "text", REF: "face", BOTH: "text+face"}
 LTX23_COMMAND = "--checkpoint-path ltx-2.3-22b-dev.safetensors --gemma-root gemma-3-12b-it-qat-q4_0-unquantized"
 EXAMPLES = f"""

@@ -7,13 +7,17 @@ ST-DRC, arXiv 2606.02441. One step, top to bottom:
     [video tokens | reference tokens], positions from rope.py (TASS)  -> model.py -> velocity of the video tokens
     losses.py: flow matching + face-weighted + identity on the decoded clean estimate
 
-paper: Gemma and the VAE stay frozen, the video DiT is trained. our reading: everything with a number attached: dropout
-rates, loss weights, schedule (paper-silent; each is explained at its line below).
+paper: Gemma and the VAE stay frozen, the video DiT is trained. our reading: everything with a number attached; each is
+explained at its line below.
 
-`--full` trains every weight of the transformer (how the bundled checkpoint was made; Muon for the matrices, see optim.py).
-The default is a LoRA, rank 32, as LTX-2.3's published in-context LoRA recipe. The same command resumes a stopped run.
+    python train.py --manifest clips/manifest.jsonl --checkpoint-path ltx-2.3-22b-dev.safetensors --gemma-root gemma ...
+    torchrun --nproc_per_node=8 train.py ...          the same on eight cards: same batch, same losses, an eighth each
 
-Conventions. sigma 1 = noise, 0 = data. Shapes: B batch, L video tokens, R reference tokens, S = L + R, C latent channels.
+Without --manifest it trains on the procedural world. The default is a LoRA, rank 32, as LTX-2.3's published in-context
+LoRA recipe; --full trains every weight of the transformer. The same command resumes a stopped run.
+
+Conventions. sigma 1 = noise, 0 = data. Shapes: B batch, L video tokens, R reference tokens, S = L + R, C latent channels,
+F frames. A weight of 0 switches a loss off.
 
 Read next: sample.py, which uses what this file trains.
 """
@@ -22,234 +26,345 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Generator, Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-import world
 from augment import AugmentStrength, augment_reference
-from checkpoint import load_weights, read_metadata, save_checkpoint
-from face import FaceNet, load_facenet, square
+from checkpoint import load_weights, open_file, read_metadata, save_checkpoint
+from dataset import Batch, Order, PerClip, open_data, share
+from face import FaceNet, faces_of, load_facenet
 from lora import add_lora, save_lora
-from losses import (
-    IDENTITY_MAX_SIGMA,
-    clean_estimate,
-    crop_faces,
-    face_weighted_loss,
-    flow_matching_loss,
-    identity_loss,
-    total_loss,
-)
-from model import TransformerConfig, VideoTransformer
-from optim import Average, MuonAdamW, Run, average_gradients, schedule, seeded, split_parameters
-from pretrain import FRAME_RATE, GRID, KEEP_FROM_MUON, SIZE, TRANSFORMER_PREFIX, check_samples, draw_noise, latent_source
+from losses import IDENTITY_MAX_SIGMA, clean_estimate, face_weighted_loss, flow_matching_loss, identity_loss, total_loss
+from memory import OFFLOADS, load_by_block
+from model import TRANSFORMER_PREFIX, TransformerConfig, VideoTransformer, training_sigmas
+from optim import KEEP_FROM_MUON, Average, MuonAdamW, schedule, split_parameters
 from reference import append_reference, drop_reference, encode_reference, unpatchify
 from rope import PLACEMENTS, grid_to_positions, reference_grid, source_phase, video_grid
-from text import TextEncoder
+from run import Run, check_finite, seeded
 from vae import VideoVAE
+from validate import sample_clips, validate
+from workers import average_gradients, can_shard, device_name, shard, start_workers, sum_all, whole
 
 
 def parse_arguments() -> argparse.Namespace:
     """Every default in one place, each with its source."""
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--checkpoint-path", dest="checkpoint", type=Path, default=Path("runs/base.safetensors"),
-                   help="text-to-video base")
-    p.add_argument("--gemma-root", type=Path, default=Path("runs/gemma"))
-    p.add_argument("--face", type=Path, default=Path("runs/face.safetensors"), help="recogniser of the identity loss")
-    p.add_argument("--out", type=Path, default=Path("runs/st-drc"))
-    p.add_argument("--full", action="store_true", help="train all weights instead of a LoRA")
-    p.add_argument("--rank", type=int, default=32, help="LoRA rank, alpha = rank (LTX-2.3's in-context LoRA example)")
-    p.add_argument("--steps", type=int, default=3000, help="LTX-2.3's trainer default")
-    p.add_argument("--batch", type=int, default=16, help="clips per worker and step")
-    p.add_argument("--minutes", type=float, default=1e9, help="stop and save after this time; run again to go on")
-    p.add_argument("--save-seconds", type=float, default=120, help="time between saved states; the newest two are kept")
-    p.add_argument("--lr", type=float, help="default 2e-4 for a LoRA (LTX-2.3), 1e-3 (Muon 3e-3) with --full")
-    p.add_argument("--placement", choices=list(PLACEMENTS), default="tass", help="where reference tokens sit (rope.py)")
+    add, switch = p.add_argument, argparse.BooleanOptionalAction
+    add("--checkpoint-path", dest="checkpoint", type=Path, default=Path("runs/base.safetensors"), help="the base model")
+    add("--gemma-root", type=Path, default=Path("runs/gemma"), help="folder of the text encoder")
+    add("--face", type=Path, default=Path("runs/face.safetensors"), help="recogniser of the identity loss (face.py)")
+    add("--out", type=Path, default=Path("runs/st-drc"), help="states, log, pictures, result")
+    # What is read. Buckets: LTX-2.3's default size, upright, and images; see frames.py.
+    add("--manifest", type=Path, help="own clips (clips.py); without it the procedural world")
+    add("--validation", type=Path, help="a second manifest, never trained on: its loss is logged, its references shown")
+    add("--buckets", help="height x width x frames, separated by commas; default 512x768x121 and its relatives")
+    add("--frame-rate", type=float, default=24.0, help="of the clips after decoding (LTX-2.3)")
+    add("--root", action="append", default=[], help="a folder that the manifest's paths may lead into; repeatable")
+    add("--allow-outside", action="store_true", help="the manifest's paths may lead anywhere")
+    add("--cache", type=Path, default=Path("cache"), help="latents and contexts, computed once")
+    add("--offload-text", choices=OFFLOADS, default="none", help="where Gemma's layers wait, as in sample.py")
+    # What is trained. LTX-2.3: rank and alpha of its in-context LoRA example, float32 over a bf16 base.
+    add("--full", action="store_true", help="train all weights instead of a LoRA")
+    add("--rank", type=int, default=32, help="of the LoRA; alpha = rank")
+    add("--placement", choices=list(PLACEMENTS), default="tass", help="where reference tokens sit (rope.py)")
+    # How long, how much. LTX-2.3's trainer: 3000 steps, batch 1 or 2, linear decay to a tenth, clipping at 1.
+    add("--steps", type=int, default=3000)
+    add("--batch", type=int, default=1, help="clips at a time in each process")
+    add("--accumulate", type=int, default=1, help="batches of each process in one step")
+    add("--lr", type=float, help="default 2e-4 (LTX-2.3's in-context LoRA); with --full 1e-5 (usual), Muon 1e-3 and 3e-3")
+    add("--optimizer", choices=["adamw", "muon"], default="adamw", help="LTX-2.3: AdamW. Muon (optim.py) needs --full")
+    add("--warmup", type=int, default=100, help="steps; our reading, Adam's first averages are noise")
+    add("--decay", type=float, default=1.0, help="share of the run over which the rate falls")
+    add("--final-lr", type=float, default=0.1, help="the rate at the end, as a factor")
+    add("--clip", type=float, default=1.0, help="largest norm of the gradient")
+    add("--precision", choices=["bf16", "fp32"], default="bf16", help="of the computation (LTX-2.3: bf16 mixed)")
+    add("--gradient-checkpointing", action=switch, default=True, help="recompute blocks: slower, far less memory (LTX-2.3)")
     # our reading: InstructPix2Pix drops 5 % each; text-first guidance needs the reference-free stream most
-    p.add_argument("--drop-ref", type=float, default=0.10, help="share of samples without reference")
-    p.add_argument("--drop-both", type=float, default=0.05, help="share without reference and without text")
-    p.add_argument("--drop-text", type=float, default=0.05, help="share without text")
+    add("--drop-ref", type=float, default=0.10, help="share of samples without reference")
+    add("--drop-both", type=float, default=0.05, help="share without reference and without text")
+    add("--drop-text", type=float, default=0.05, help="share without text")
     # our reading: 1 = the ranges in augment.py's header. The bundled run took 0.3, 0.5, 0.5: the world's people are told
     # apart by skin and hair colour, and their references already come from another moment.
-    p.add_argument("--augment-color", type=float, default=1.0)
-    p.add_argument("--augment-pose", type=float, default=1.0)
-    p.add_argument("--augment-layout", type=float, default=1.0)
-    p.add_argument("--w-face", type=float, default=1.0, help="weight of the face-weighted loss (follows ConsisID)")
-    p.add_argument("--w-id", type=float, default=0.1, help="weight of the identity loss; 0 = off")
-    p.add_argument("--id-samples", type=int, default=4, help="clips per step decoded for the identity loss")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    add("--augment-color", type=float, default=1.0)
+    add("--augment-pose", type=float, default=1.0)
+    add("--augment-layout", type=float, default=1.0)
+    add("--w-face", type=float, default=1.0, help="weight of the face-weighted loss (ConsisID's on average); 0 = off")
+    add("--w-id", type=float, default=0.1, help="weight of the identity loss (our reading, after PuLID); 0 = off")
+    add("--id-reach", type=int, default=2, help="latent frames decoded on either side of the one that is judged (vae.py)")
+    add("--average", type=float, default=0.998, help="decay of the weight average that is written; 0 = the last weights")
+    # How it is run.
+    add("--seed", type=int, default=0)
+    add("--parallel", choices=["fsdp", "ddp"], default="fsdp", help="several processes: shards or copies (workers.py)")
+    add("--minutes", type=float, default=1e9, help="stop and save after this time; run again to go on")
+    add("--save-seconds", type=float, default=120, help="time between saved states; the newest two are kept")
+    add("--validate-every", type=int, default=500, help="steps between validations: loss, contact sheet, curves.png")
+    add("--compile", action=switch, default=False, help="torch.compile: minutes at first, then faster")
     return p.parse_args()
 
 
-def load_models(args: argparse.Namespace, device: str) -> tuple[VideoTransformer, VideoVAE, TextEncoder, FaceNet]:
-    """Transformer (to be trained), and the frozen VAE, text encoder and recogniser."""
-    config = read_metadata(args.checkpoint)["config"]
+def check_numbers(args: argparse.Namespace) -> None:
+    """Raise ValueError for a number that cannot be meant. NaN fails every comparison."""
+    ranges = dict.fromkeys(("steps", "batch", "accumulate", "rank", "validate_every"), (1, 1e9))
+    ranges |= dict.fromkeys(("drop_ref", "drop_both", "drop_text", "decay", "final_lr", "average"), (0, 1))
+    ranges |= dict.fromkeys(("augment_color", "augment_pose", "augment_layout"), (0, 10))
+    ranges |= dict.fromkeys(("w_face", "w_id", "id_reach", "warmup", "minutes", "save_seconds", "seed"), (0, 2**63 - 1))
+    ranges |= dict.fromkeys(("frame_rate", "clip", "lr"), (1e-12, 1e6))
+    for name, (low, high) in ranges.items():
+        if (value := getattr(args, name)) is not None and not low <= value <= high:
+            raise ValueError(f"expected --{name.replace('_', '-')} between {low} and {high:g}, got {value}; see --help")
+    if args.optimizer == "muon" and not args.full:
+        raise ValueError("expected --full with --optimizer muon, got a LoRA; Muon is for whole matrices, leave it out")
+
+
+# ------------------------------------------------------------ the model and its optimiser
+
+
+def load_transformer(args: argparse.Namespace, config: dict, device: str, sharded: bool) -> VideoTransformer:
+    """Block by block: read, add the LoRA, shard. No process ever holds more than its share and one block."""
     with torch.device("meta"):
         model = VideoTransformer(TransformerConfig.from_checkpoint(config["transformer"]))
-        vae = VideoVAE(config["vae"])
-    load_weights(model, args.checkpoint, TRANSFORMER_PREFIX, torch.float32, device)
-    load_weights(vae, args.checkpoint, "vae.", torch.float32, device)
-    text = TextEncoder.load(args.checkpoint, args.gemma_root, device, torch.float32)
-    return model, vae.eval().requires_grad_(False), text.eval().requires_grad_(False), load_facenet(args.face, device)
+    # LTX-2.3: what is trained is kept in float32, what is frozen in the type of the computation.
+    dtype = torch.bfloat16 if args.precision == "bf16" and not args.full else torch.float32
+
+    def finish(block: nn.Module) -> None:
+        if not args.full:
+            add_lora(block, rank=args.rank, alpha=args.rank)
+        if sharded:
+            shard(block, device)
+
+    model.requires_grad_(args.full)
+    load_by_block(model, "transformer_blocks", args.checkpoint, TRANSFORMER_PREFIX, dtype, device, finish)
+    return shard(model, device) if sharded else model
 
 
-@torch.no_grad()
-def cache_contexts(text: TextEncoder, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The text path is frozen, so each distinct caption is encoded once: contexts (U, N, D) and the row of each clip."""
-    rows, inverse = torch.unique(ids, dim=0, return_inverse=True)
-    first = torch.full((len(rows),), len(ids), device=ids.device)                         # (U,) a clip of each caption
-    first = first.scatter_reduce(0, inverse, torch.arange(len(ids), device=ids.device), "amin")
-    blocks = tqdm(first.split(128), desc="captions", disable=int(os.environ.get("RANK", "0")) != 0)
-    return torch.cat([text(ids[i], mask[i]).bfloat16() for i in blocks]), inverse
+def make_optimizer(args: argparse.Namespace, named: dict[str, nn.Parameter]) -> MuonAdamW:
+    """AdamW with PyTorch's (and LTX-2.3's) own numbers; Muon for the matrices inside the blocks where asked for."""
+    if args.optimizer == "muon":
+        lr = 1e-3 if args.lr is None else args.lr
+        return MuonAdamW(*split_parameters(named, KEEP_FROM_MUON), lr_matrix=3 * lr, lr_other=lr)
+    lr = args.lr if args.lr is not None else 1e-5 if args.full else 2e-4
+    return MuonAdamW({}, named, lr_other=lr, betas=(0.9, 0.999), weight_decay=0.01)
+
+
+# ------------------------------------------------------------ what is random in a step
+
+
+@dataclass
+class Draws(PerClip):
+    """Everything random about B clips, drawn clip by clip: it does not depend on who computes which of them."""
+
+    keep_ref: Tensor      # (B,) bool; guidance needs all the streams it combines
+    keep_text: Tensor     # (B,) bool
+    sigma: Tensor         # (B,) noise level
+    noise: Tensor         # (B, L, C)
+    reference: Tensor     # (B, 3, h, w) augmented
+    frame: Tensor         # (B,) which frame the identity loss looks at, -1 = none
+
+
+def draw(args: argparse.Namespace, batch: Batch, generators: list[Generator]) -> Draws:
+    """paper: noise on the video only, the reference augmented. LTX-2.3, spec h: the law of sigma."""
+    L, C = batch.x0.shape[1:]
+    u = torch.stack([torch.rand(4, generator=g) for g in generators])                     # (B, 4)
+    normal = torch.stack([torch.randn((), generator=g) for g in generators])              # (B,)
+    no_ref = u[:, 0] < args.drop_both + args.drop_ref
+    no_text = (u[:, 0] < args.drop_both) | (u[:, 0] > 1 - args.drop_text)
+    sigma = training_sigmas(L, normal, u[:, 1], u[:, 2])
+    noise = torch.stack([torch.randn(L, C, generator=g) for g in generators])
+    strength = AugmentStrength(color=args.augment_color, pose=args.augment_pose, layout=args.augment_layout)
+    pictures = [augment_reference(p[None], g, strength) for p, g in zip(batch.reference, generators, strict=True)]
+    # our reading: identity is judged on one frame, where noise is low, and only with the reference to follow.
+    judged = (sigma <= IDENTITY_MAX_SIGMA) & ~no_ref & batch.reference_seen & batch.seen.any(dim=1)
+    frame = torch.full((len(batch),), -1)
+    for i in judged.nonzero()[:, 0].tolist() if args.w_id > 0 else ():
+        frames = batch.seen[i].nonzero()[:, 0]                                            # those with a known face
+        frame[i] = frames[int(u[i, 3] * len(frames))]
+    return Draws(~no_ref, ~no_text, sigma, noise, torch.cat(pictures), frame)
+
+
+# ------------------------------------------------------------ the losses of a batch
 
 
 def velocity(model: VideoTransformer, noisy: Tensor, sigma: Tensor, ref_tokens: Tensor, keep_ref: Tensor,
-             positions: Tensor, ref_positions: Tensor, context: Tensor, phase: Tensor | None = None) -> Tensor:
+             positions: Tensor, ref_positions: Tensor, context: Tensor, phase: Tensor | None, recompute: bool) -> Tensor:
     """Velocity of the video tokens, (B, L, C) float32.
 
-    A dropped reference is hidden from every query rather than left out: the same numbers, and one compiled graph.
+    A dropped reference is hidden from every query rather than left out: the same numbers, and one shape for the batch.
     """
     B, L, _ = noisy.shape
     timesteps = sigma[:, None].expand(B, L)                                               # (B, L)
     tokens, timesteps, where = append_reference(noisy, timesteps, positions.expand(B, -1, -1, -1), ref_tokens,
                                                 ref_positions)
     visible = torch.cat([torch.ones_like(noisy[:, :, 0]), keep_ref[:, None].expand(B, ref_tokens.shape[1])], dim=1)
-    out = model(tokens, timesteps, sigma, where, context, attention_mask=visible[:, None], phase=phase)  # (B, S, C)
+    out = model(tokens, timesteps, sigma, where, context, attention_mask=visible[:, None], checkpoint_blocks=recompute,
+                phase=phase)                                                              # (B, S, C)
     return drop_reference(out, L).float()
 
 
-def drop_conditions(args: argparse.Namespace, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Which samples keep their reference and their text, two (B,) booleans. Guidance needs all the streams it combines."""
-    u = torch.rand(batch, generator=generator, device=generator.device)
-    both = u < args.drop_both
-    no_ref = u < args.drop_both + args.drop_ref
-    no_text = both | (u > 1 - args.drop_text)
-    return ~no_ref, ~no_text
+def losses(args: argparse.Namespace, forward: Callable[..., Tensor], model: VideoTransformer, vae: VideoVAE,
+           net: FaceNet | None, null_context: Tensor, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
+    """Flow matching, face-weighted and identity loss, each a mean over the clips of the batch that it applies to."""
+    device, grid = batch.x0.device, batch.grid
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+    scales = batch.frame_rate, vae.time_scale, vae.space_scale
+    positions = grid_to_positions(video_grid(*grid), *scales)[None].to(device)            # (1, 3, L, 2)
+    ref_positions = grid_to_positions(reference_grid(*grid, args.placement), *scales).to(device)
+    phase = source_phase(args.placement, positions.shape[2], ref_positions.shape[1])      # None, except to study it
+    s = draws.sigma[:, None, None]
+    noisy = (1 - s) * batch.x0 + s * draws.noise                                          # (B, L, C)
+    context = torch.where(draws.keep_text[:, None, None], batch.context, null_context)    # (B, N, D)
+    with autocast:
+        ref_tokens = encode_reference(vae.encode, draws.reference).float()                # (B, R, C)
+        v = forward(model, noisy, draws.sigma, ref_tokens, draws.keep_ref.float(), positions, ref_positions, context,
+                    phase, args.gradient_checkpointing)
+    fm = flow_matching_loss(v, draws.noise - batch.x0)
+    face = face_weighted_loss(v, draws.noise - batch.x0, batch.face) if args.w_face > 0 else fm.new_zeros(())
+    judged = (draws.frame >= 0).nonzero()[:, 0]
+    if len(judged) == 0:
+        return fm, face, fm.new_zeros(())
+    with autocast:
+        x0_hat = clean_estimate(noisy, v, draws.sigma)[judged]
+        return fm, face, identity_term(args, vae, net, x0_hat, batch, draws, judged)
 
 
-def identity_term(args: argparse.Namespace, vae: VideoVAE, net: FaceNet, x0_hat: Tensor, sigma: Tensor,
-                  keep_ref: Tensor, boxes: Tensor, anchor: Tensor, generator: torch.Generator) -> Tensor:
-    """our reading: 1 - cosine between the reference and one frame of the decoded clean estimate, at low noise only.
+def identity_term(args: argparse.Namespace, vae: VideoVAE, net: FaceNet, x0_hat: Tensor, batch: Batch, draws: Draws,
+                  judged: Tensor) -> Tensor:
+    """our reading: 1 - cosine between the reference's face and the face in one frame of the decoded clean estimate.
 
-    The cleanest `--id-samples` clips of the batch are decoded, with gradients through the frozen decoder. A one-step
-    estimate at high noise has no face to recognise; losses.py says which noise is low enough.
+    x0_hat (b, L, C) of the judged clips (b,). The un-augmented reference says who it is. Only the frames around the one
+    that is judged are decoded, with gradients through the frozen decoder.
     """
-    pick = sigma.argsort()[:args.id_samples]
-    frames = vae.decode(unpatchify(x0_hat[pick], *GRID))                                  # (b, 3, F, h, w)
-    t = torch.randint(frames.shape[2], (len(pick),), generator=generator, device=generator.device)
-    rows = torch.arange(len(pick), device=pick.device)
-    crops = crop_faces(frames[rows, :, t].float(), square(boxes[pick, t]), net.size)      # (b, 3, size, size)
-    valid = (sigma[pick] <= IDENTITY_MAX_SIGMA) & keep_ref[pick]
-    return identity_loss(net, crops, anchor[pick], valid)
+    frames = []
+    for x, t in zip(unpatchify(x0_hat, *batch.grid), draws.frame[judged].tolist(), strict=True):
+        decode = (x[None], t, args.id_reach)
+        frames.append(checkpoint(vae.decode_frame, *decode, use_reentrant=False) if args.gradient_checkpointing
+                      else vae.decode_frame(*decode))                                     # (1, 3, h, w)
+    t = draws.frame[judged]
+    crops = faces_of(torch.cat(frames).float(), batch.boxes[judged, t], batch.landmarks[judged, t], net.size)
+    with torch.no_grad():
+        person = net(faces_of(batch.reference[judged], batch.reference_box[judged], batch.reference_landmarks[judged],
+                              net.size))                                                  # (b, E)
+    return identity_loss(net, crops, person, torch.ones(len(judged), dtype=torch.bool, device=crops.device))
 
 
-def make_optimizer(args: argparse.Namespace, model: VideoTransformer) -> tuple[dict[str, nn.Parameter], MuonAdamW]:
-    """LoRA: AdamW on the two small matrices of each layer. --full: Muon on the blocks' matrices, AdamW on the rest."""
-    if args.full:
-        named = dict(model.named_parameters())
-        lr = 1e-3 if args.lr is None else args.lr
-        return named, MuonAdamW(*split_parameters(named, KEEP_FROM_MUON), lr_matrix=3 * lr, lr_other=lr)
-    add_lora(model, rank=args.rank, alpha=args.rank)
-    named = {k: p for k, p in model.named_parameters() if p.requires_grad}
-    return named, MuonAdamW({}, named, lr_other=2e-4 if args.lr is None else args.lr)
+def applies(batch: Batch, draws: Draws) -> Tensor:
+    """How many clips each loss is a mean over, (3,): all, those with a face, those judged by the recogniser."""
+    return torch.tensor([len(batch), (batch.face.sum(dim=1) > 0).sum(), (draws.frame >= 0).sum()], dtype=torch.float32)
+
+
+# ------------------------------------------------------------ the run
 
 
 def save_result(args: argparse.Namespace, run: Run, model: VideoTransformer) -> Path:
-    """Averaged weights -> a LoRA file, or a whole checkpoint that sample.py loads as it is."""
+    """Averaged weights -> a LoRA file, or a whole checkpoint that sample.py loads as it is. All processes take part."""
     metadata = {"reference_placement": args.placement, "training_steps": str(run.done)}
     with run.averaged():
         if not args.full:
-            save_lora(args.out / "lora.safetensors", model, metadata, dtype=torch.bfloat16)
+            save_lora(args.out / "lora.safetensors", model, metadata, torch.bfloat16, whole, write=run.rank == 0)
             return args.out / "lora.safetensors"
-        with safe_open(args.checkpoint, "pt") as f:
-            tensors = {k: f.get_tensor(k) for k in f.keys()}
-        tensors |= {TRANSFORMER_PREFIX + k: p.detach().cpu().bfloat16() for k, p in model.named_parameters()}
+        trained = {TRANSFORMER_PREFIX + k: whole(p.detach()).cpu().bfloat16() for k, p in model.named_parameters()}
+    if run.rank == 0:
+        with open_file(args.checkpoint) as f:
+            tensors = {k: f.get_tensor(k) for k in f.keys() if k not in trained} | trained
         save_checkpoint(args.out / "model.safetensors", tensors, read_metadata(args.checkpoint)["config"], metadata)
-        return args.out / "model.safetensors"
+    return args.out / "model.safetensors"
 
 
-def check_finite(step: int, terms: dict[str, Tensor], rows: Tensor) -> None:
-    """Raise ValueError naming the step, the term and the clips as soon as a loss is not a number: saved states stay good."""
-    for name, value in terms.items():
-        if not value.isfinite():
-            raise ValueError(f"expected finite losses, got {value.item()} for {name} at step {step}, clips "
-                             f"{rows.tolist()}; lower --lr and run again: the last saved state is from before")
+def begin(args: argparse.Namespace, model: VideoTransformer, world_size: int) -> Run:
+    """The run in --out, from its newest state when there is one. What decides the result must be as it was."""
+    named = {k: p for k, p in model.named_parameters() if p.requires_grad}
+    free = ("steps", "minutes", "compile", "out", "save_seconds", "batch", "accumulate", "parallel", "validate_every",
+            "gradient_checkpointing", "cache", "validation")
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in free}
+    settings["clips_per_step"] = args.batch * args.accumulate * world_size  # shared out as one likes
+    return Run(args.out, named, make_optimizer(args, named), Average(named, args.average), settings)
 
 
 def train(args: argparse.Namespace) -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    check_numbers(args)
+    rank, world_size = start_workers()
+    device = device_name()
     if device == "cpu":
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         torch.set_flush_denormal(True)
     torch.manual_seed(args.seed)
-    model, vae, text, net = load_models(args, device)
-    data = latent_source(text, args.checkpoint, device)
-    contexts, context_row = cache_contexts(text, data.ids, data.mask)
-    null_row = context_row[-1]
-    named, optimizer = make_optimizer(args, model)
-    free = ("steps", "minutes", "compile", "out", "save_seconds")  # what may change when a run is taken up again
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()
-                if key not in free}
-    run = Run(args.out, named, optimizer, Average(named), settings)
-    strength = AugmentStrength(color=args.augment_color, pose=args.augment_pose, layout=args.augment_layout)
-    positions = grid_to_positions(video_grid(*GRID), FRAME_RATE, vae.time_scale, vae.space_scale)[None].to(device)
-    ref_positions = grid_to_positions(reference_grid(*GRID, args.placement), FRAME_RATE, vae.time_scale,
-                                      vae.space_scale).to(device)
-    phase = source_phase(args.placement, positions.shape[2], ref_positions.shape[1])  # None, except to study it
+    config = read_metadata(args.checkpoint)["config"]
+    vae = load_weights(VideoVAE(config["vae"]), args.checkpoint, "vae.", torch.float32, device)
+    vae.eval().requires_grad_(False)
+    net = load_facenet(args.face, device) if args.w_id > 0 else None
+    data, shown, held_out = open_data(args, vae, device, rank, world_size)
+    model = load_transformer(args, config, device, sharded=args.parallel == "fsdp" and can_shard())
+    run = begin(args, model, world_size)
+    order = Order(data.groups, args.batch * args.accumulate * world_size, args.seed)
     forward = torch.compile(velocity) if args.compile else velocity
+    compute = partial(losses, args, forward, model, vae, net, data.null_context.to(device))
 
-    next_check = run.seconds + 300
-    for step in run.steps(args.steps, args.minutes, args.batch, "st-drc", args.save_seconds):
-        g = seeded(args.seed, step, run.rank, device=device)
-        batch = {k: v.to(device) for k, v in data.batch(args.batch, g).items()}
-        keep_ref, keep_text = drop_conditions(args, args.batch, g)
-        context = contexts[torch.where(keep_text, context_row[batch["index"]], null_row)].float()    # (B, N, D)
+    def read(step: int) -> tuple[list[int], Batch, Draws]:
+        everyone = order(step)
+        mine = share(everyone, rank, world_size, args.batch)
+        generators = [seeded(args.seed, step, place) for place, _ in mine]
+        batch = data.batch([i for _, i in mine], generators)
+        return everyone, batch, draw(args, batch, generators)
 
-        pictures, ref_boxes = world.draw_references(batch["person"], batch["setting"], g, SIZE)
-        with torch.no_grad(), torch.autocast(device, torch.bfloat16):
-            anchor = net(crop_faces(pictures, square(ref_boxes), net.size))  # the un-augmented picture says who it is
-        augmented = augment_reference(pictures, g, strength)                              # (B, 3, h, w)
-        with torch.autocast(device, torch.bfloat16):
-            ref_tokens = encode_reference(vae.encode, augmented).float()                  # (B, R, C)
+    plain = argparse.Namespace(**vars(args) | dict.fromkeys(  # validation: nothing dropped, nothing augmented
+        ("drop_ref", "drop_both", "drop_text", "augment_color", "augment_pose", "augment_layout", "w_id"), 0.0))
 
-        sigma, noise, noisy = draw_noise(batch["x0"], g)
-        with torch.autocast(device, torch.bfloat16):
-            v = forward(model, noisy, sigma, ref_tokens, keep_ref.float(), positions, ref_positions, context, phase)
-        fm = flow_matching_loss(v, noise - batch["x0"])
-        face = face_weighted_loss(v, noise - batch["x0"], batch["face"])
-        identity = fm.new_zeros(())
-        if args.w_id > 0:
-            x0_hat = clean_estimate(noisy, v, sigma)
-            with torch.autocast(device, torch.bfloat16):
-                identity = identity_term(args, vae, net, x0_hat, sigma, keep_ref, batch["boxes"], anchor, g)
+    def look(batch: Batch, generators: list[Generator]) -> tuple[Tensor, Tensor]:
+        draws = draw(plain, batch, generators)
+        return torch.stack(compute(batch.to(device), draws.to(device))[:2]).cpu(), applies(batch, draws)[:2]
+
+    ahead = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),))
+    ready = ahead.submit(read, run.done)  # the next step's clips are read while this one computes
+    for step in run.steps(args.steps, args.minutes, args.batch * args.accumulate, "st-drc", args.save_seconds):
+        everyone, batch, draws = ready.result()
+        ready = ahead.submit(read, step + 1)
+        counts, terms = sum_all(applies(batch, draws)), torch.zeros(3)
+        for a in range(0, len(batch), args.batch):
+            part, drawn = batch.part(a, a + args.batch), draws.part(a, a + args.batch)
+            weights = applies(part, drawn) / counts.clamp(min=1)  # this part's share in the mean over everybody
+            found = torch.stack(compute(part.to(device), drawn.to(device)))               # (3,)
+            # times world_size: the processes' gradients will be averaged, and these are parts of one sum
+            fm, face, identity = found * weights.to(device) * world_size
+            total_loss(fm, face, identity, args.w_face, args.w_id).backward()
+            terms += found.detach().cpu() * weights
+        fm, face, identity = sum_all(terms).tolist()
         check_finite(step, {"flow matching": fm, "the face-weighted loss": face, "the identity loss": identity},
-                     batch["index"] if "index" in batch else torch.arange(args.batch))
-        total_loss(fm, face, identity, args.w_face, args.w_id).backward()
-
-        average_gradients(optimizer.parameters(), run.world)
-        nn.utils.clip_grad_norm_(optimizer.parameters(), 1.0)
-        optimizer.step(schedule(step, args.steps))
+                     data.names(everyone))
+        average_gradients(run.optimizer.parameters(), world_size)
+        norm = nn.utils.clip_grad_norm_(run.optimizer.parameters(), args.clip)
+        factor = schedule(step, args.steps, args.warmup, args.decay, args.final_lr)
+        run.optimizer.step(factor)
         model.zero_grad(set_to_none=True)
-        run.average.update(named, step)
-        now = {"fm": fm.item(), "face": face.item(), "id": identity.item()}
-        run.losses = {k: 0.98 * run.losses.get(k, v) + 0.02 * v for k, v in now.items()}
-        if run.rank == 0 and (run.seconds > next_check or step + 1 == args.steps):
-            check_samples(run, model, text, vae, device, args.placement)
-            next_check = run.seconds + 300
-    if run.rank == 0:
-        print(f"wrote {save_result(args, run, model)} after {run.done} steps, {run.seconds / 60:.0f} min")
+        run.average.update(run.model, step)
+        shares = (counts[1:] / counts[0]).tolist()  # where a face is missing, its losses are left out, and here it shows
+        run.record(loss=fm + args.w_face * face + args.w_id * identity, fm=fm, face=face, id=identity,
+                   lr=factor * run.optimizer.lr_other, gradient=whole(norm).item(), with_face=shares[0], with_id=shares[1])
+        if (step + 1) % args.validate_every == 0 or step + 1 == args.steps:
+            validate(run, shown, args.batch, held_out, look,
+                     lambda clips: sample_clips(shown, clips, config, model, vae, args.placement, args.precision))
+    ahead.shutdown(cancel_futures=True)
+    path = save_result(args, run, model)
+    if rank == 0:
+        print(f"wrote {path} after {run.done} steps, {run.seconds / 60:.0f} min")
 
 
 def main() -> int:
+    def stop(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, stop)  # while preparing; during steps both signals are noted, see Run.signals
     try:
         train(parse_arguments())
-    except KeyboardInterrupt:  # before the first step; later ones are noted and the run is saved, see Run.signals
+    except KeyboardInterrupt:
         print("train.py: stopped while preparing; the same command begins again", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:

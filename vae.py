@@ -351,6 +351,23 @@ class VideoVAE(nn.Module):
         mean, std = self.statistics()
         return self.decoder(latent * std + mean)
 
+    def decode_frame(self, latent: Tensor, frame: int, reach: int = 2) -> Tensor:
+        """One frame of a video, with gradients, from the latent frames around it: (B, C, F', H, W) -> (B, 3, h, w).
+
+        our reading: for the identity loss, which looks at one frame; decoding the other 120 would cost memory, not teach
+        more. The decoder looks both ways in time, so `reach` latent frames on either side are decoded too and dropped;
+        with a reach of F' the frame is that of `decode`, bit for bit. What a smaller one costs: tests/test_vae.py. Raises
+        ValueError when the video has no such frame.
+        """
+        last = latent.shape[2] - 1
+        if not 0 <= frame <= last * self.time_scale:
+            raise ValueError(f"expected a frame between 0 and {last * self.time_scale}, got {frame}; count from 0")
+        cell = -(-frame // self.time_scale)  # frame 0 is latent frame 0 alone, then `time_scale` frames to each
+        # A window that begins later makes one frame of its first cell, as if it were a picture; that cell must not be ours.
+        start = max(0, cell - max(1, reach))
+        window = self.decode(latent[:, :, start : cell + reach + 1])                      # (B, 3, f, h, w)
+        return window[:, :, frame - start * self.time_scale]
+
     def plan_tiles(self, grid: tuple[int, int, int], tiling: Tiling | None) -> tuple[list[Tile], ...]:
         """Tiles of a latent of `grid` (F', H, W) cells along time, rows and columns, in latent cells.
 

@@ -114,6 +114,20 @@ def contact_sheet(reference: np.ndarray, picked: list[np.ndarray]) -> Image.Imag
     return Image.fromarray(np.concatenate([reference] + [part for frame in picked for part in (gap, frame)], axis=1))
 
 
+def save_sheet(path: Path, rows: list[list[Tensor]], scale: int = 2) -> None:
+    """Contact sheet: each row a list of pictures (3, h, w) in [-1, 1], side by side; enlarged by a whole factor."""
+    picture = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)             # (3, rows h, columns w)
+    image = Image.fromarray(to_frames(picture[:, None].cpu())[0])
+    image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        image.save(beside, format="PNG")
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
 def enlargement(height: int, width: int) -> int:
     """The whole factor, 1 or more, that lifts the shorter side to SHORT_SIDE and leaves the longer below LONG_SIDE."""
     return max(1, min(math.ceil(SHORT_SIDE / min(height, width)), LONG_SIDE // max(height, width)))

@@ -17,7 +17,7 @@ import world
 from checkpoint import open_file, read_metadata
 from face import load_facenet
 from model import TransformerConfig, VideoTransformer
-from optim import seeded
+from run import seeded
 from pretrain import face_views
 from vae import VideoVAE
 

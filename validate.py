@@ -1,0 +1,90 @@
+"""Looking at a training while it runs: the loss on clips it never sees, a contact sheet, and the curves.
+
+The idea. The training loss of a diffusion model says little: every step has other clips, other noise levels, other noise.
+Here the clips, the noise and the references are fixed, so that two looks at one run, or at two runs, differ only by
+the weights. A sheet is the better judge of identity: each row is a reference, then frames of what the model makes of it
+and the clip's caption.
+
+our reading: all of it; ST-DRC (arXiv 2606.02441) shows no training curves. Dropout and augmentation are off here, guidance
+scales are those of the checkpoint's config, otherwise LTX-2.3's.
+
+Conventions. Averaged weights, those that will be shipped. With several processes all of them compute, and rank 0 writes.
+
+    validate(run, clips, 4, True, compute, sample)           # -> log.jsonl, sheet.png and curves.png in run.folder
+
+Read next: sample.py
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import plot
+from dataset import RealClips, WorldClips
+from model import VideoTransformer, ltx_sigmas
+from reference import encode_reference
+from run import Run, seeded
+from sample import INFERENCE, denoise
+from vae import VideoVAE
+from video import picks, save_sheet
+
+LOOKS = 4   # times that every clip is looked at, each with other noise
+SHOWN = 4   # clips on the sheet
+
+
+@torch.no_grad()
+def validate(run: Run, clips: WorldClips | RealClips, size: int, held_out: bool, compute: Callable,
+             sample: Callable) -> None:
+    """Log the losses of `clips` when they are held out, and write the pictures.
+
+    compute(batch, generators) -> losses (2,) and how many clips each is a mean over (2,); sample(indices) -> rows of
+    pictures for the sheet; size: clips in one batch.
+    """
+    with run.averaged():
+        if held_out:
+            run.log(run.done + 1, **validation_loss(clips, size, compute))  # within the step, which is not counted yet
+        rows = sample(list(clips.groups[0])[:SHOWN])
+    if run.rank != 0:
+        return
+    try:
+        save_sheet(run.folder / "sheet.png", rows, scale=2 if rows[0][0].shape[-1] < 256 else 1)
+        if (run.folder / "log.jsonl").exists():
+            plot.curves({run.folder.name: plot.read_log(run.folder / "log.jsonl")}, run.folder / "curves.png")
+    except (OSError, ValueError) as error:  # a picture that cannot be written is no reason to end a training
+        print(f"warning: {error}", file=sys.stderr)
+
+
+def validation_loss(clips: WorldClips | RealClips, size: int, compute: Callable) -> dict[str, float]:
+    """val_fm and, when a face is known in any clip, val_face: means over all clips and LOOKS draws of noise."""
+    counts, sums = torch.zeros(2), torch.zeros(2)
+    for group in clips.groups:
+        for look in range(LOOKS):
+            for a in range(0, len(group), size):
+                part = list(group[a : a + size])
+                generators = [seeded(12, look, i) for i in part]
+                values, found = compute(clips.batch(part, generators), generators)
+                counts += found
+                sums += found * values
+    return {name: (s / n).item() for name, s, n in zip(("val_fm", "val_face"), sums, counts, strict=True) if n}
+
+
+def sample_clips(clips: WorldClips | RealClips, indices: list[int], config: dict, model: VideoTransformer, vae: VideoVAE,
+                 placement: str, precision: str = "bf16") -> list[list[Tensor]]:
+    """A row of pictures (3, h, w) for each clip: its reference, then up to five frames of the video made for it."""
+    device, defaults = next(vae.parameters()).device.type, {**INFERENCE, **config.get("inference", {})}
+    generators = [seeded(13, i) for i in indices]
+    batch = clips.batch(indices, generators)
+    noise = torch.stack([torch.randn(batch.x0.shape[1:], generator=g) for g in generators]).to(device)
+    with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+        tokens = encode_reference(vae.encode, batch.reference.to(device)).float()         # (B, R, C)
+        latent = denoise(model, batch.context.to(device), clips.null_context[None].to(device), tokens, batch.grid,
+                         batch.frame_rate, (vae.time_scale, vae.space_scale),
+                         ltx_sigmas(defaults["steps"], defaults["schedule_tokens"]), noise, defaults["text_scale"],
+                         defaults["ref_scale"], placement=placement)
+        videos = [vae.decode(z[None])[0].float().cpu() for z in latent]                   # (3, F, h, w) each
+    return [[picture, *(video[:, t] for t in picks(video.shape[1]))] for picture, video in
+            zip(batch.reference, videos, strict=True)]

@@ -1,0 +1,139 @@
+"""Several processes, one training: who I am, who holds which part of the weights, and sums over all of us.
+
+The idea. `torchrun --nproc_per_node=N train.py ...` starts the same script N times. Each process takes other clips, and
+all must end every step with the same weights. Two ways to get there:
+
+* "ddp"   every process holds all weights and computes gradients of its own clips; the gradients are averaged.
+* "fsdp"  every process holds 1/N of each weight, of its gradient and of its optimiser state. A block's weights are
+          gathered when the block runs and dropped afterwards (PyTorch's `fully_shard`, block by block). More messages,
+          but a model, or its AdamW state, that fits on no single card can be trained.
+
+The failure this prevents: N processes that average their *means*. A process whose clips show no face would halve the
+face loss of the others. So losses are sums divided by counts over everybody (`sum_all`), and the result does not depend
+on how many processes shared the work.
+
+our reading: all of it; ST-DRC (arXiv 2606.02441) says nothing about devices. Saved tensors are always whole (`whole`), so a
+run may go on with another number of processes.
+
+Conventions. rank 0 .. world - 1. Without torchrun world is 1, and every function here returns at once. A sharded tensor
+is a DTensor; `whole` and `put` are called by all processes together, in the same order, or they wait for ever.
+
+    rank, world = start_workers()
+    if world > 1 and can_shard(): shard(model, "cpu")
+    count = sum_all(torch.tensor([3.0]))
+
+Read next: run.py
+"""
+
+import os
+import warnings
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def start_workers() -> tuple[int, int]:
+    """(rank, world). Under torchrun joins the process group (gloo on CPU, nccl on CUDA); alone does nothing."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1 and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        # The usual half hour is too short: one process may wait for another that encodes the last long clips.
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=12))
+    return int(os.environ.get("RANK", "0")) if world > 1 else 0, world
+
+
+def wait() -> None:
+    """Until all processes are here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def device_name() -> str:
+    """ "cuda" or "cpu"; each process of a node uses the card that `start_workers` chose for it."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+# ---------------------------------------------------------------- sums over all processes
+
+
+def sum_all(values: Tensor) -> Tensor:
+    """Sum over all processes, elementwise; the same on each of them. On the CPU, shape kept."""
+    if not dist.is_initialized():
+        return values
+    values = values.to(device_name(), copy=True)
+    dist.all_reduce(values)
+    return values.cpu()
+
+
+def average_gradients(parameters: list[nn.Parameter], world: int) -> None:
+    """ "ddp": mean of the gradients over all processes, in one message. Missing gradients count as zero.
+
+    Sharded gradients have been averaged by `fully_shard` already and are left alone.
+    """
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    parameters = [p for p in parameters if not isinstance(p, DTensor)]
+    if world > 1 and parameters:
+        flat = torch.cat([p.grad.flatten() for p in parameters])
+        dist.all_reduce(flat)
+        for p, g in zip(parameters, (flat / world).split([p.numel() for p in parameters]), strict=True):
+            p.grad.copy_(g.view_as(p))
+
+
+# ---------------------------------------------------------------- shards
+
+
+def can_shard() -> bool:
+    """Whether this backend has the two messages that `fully_shard` needs; gloo has had them only since PyTorch 2.6 or so."""
+    if not dist.is_initialized():
+        return False
+    world, device = dist.get_world_size(), device_name()
+    try:
+        part, parts = torch.ones(2, device=device), torch.ones(2 * world, device=device)
+        dist.reduce_scatter_single(part, parts)
+        dist.all_gather_single(parts, part)
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
+
+
+def mesh(device: str):
+    """All processes in a row."""
+    return init_device_mesh(device, (dist.get_world_size(),))
+
+
+def shard(module: nn.Module, device: str) -> nn.Module:
+    """Keep 1/N of every parameter here, rows first; forward gathers them. Frozen parameters too. Returns the module.
+
+    Shard each block by itself, then the module around them: what is gathered at one time is then one block.
+    """
+    # PyTorch 2.13 warns of its own old names, and of an output that may be a view; nothing here changes outputs in place.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
+    return fully_shard(module, mesh=mesh(device))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor, or all shards of one put together on every process."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(value: Tensor, model: Tensor) -> Tensor:
+    """The whole `value`, which every process has, cut like `model`: on its device, and sharded if it is."""
+    value = value.to(model.device)
+    if isinstance(model, DTensor):
+        return distribute_tensor(value, model.device_mesh, model.placements, src_data_rank=None)
+    return value
+
+
+@torch.no_grad()
+def put(target: Tensor, value: Tensor) -> None:
+    """Copy a whole `value` into `target`, sharded or not."""
+    target.copy_(like(value.to(target.dtype), target))

@@ -321,7 +321,7 @@ def save_checkpoint(
     """Write one file of the form LTX-2.3 uses: named tensors, the config as JSON in the header.
 
     The file is written beside its place and moved there at the end, so an interrupted run leaves no half file.
-    Extra metadata must be strings. Raises ValueError otherwise.
+    Extra metadata must be strings. Raises ValueError otherwise, OSError when the disk is full.
     """
     write_file(path, tensors, {"config": json.dumps(config), "model_version": "2.3.0", **(metadata or {})})
 
@@ -331,7 +331,20 @@ def write_file(path: str | os.PathLike, tensors: dict[str, Tensor], metadata: di
     if wrong:
         raise ValueError(f"expected metadata strings, got another type for {wrong[0]!r}; convert it with str()")
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".partial")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, beside, metadata=metadata)
-    os.replace(beside, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, beside, metadata=metadata)
+        os.replace(beside, path)
+    except (OSError, SafetensorError) as error:  # the library has its own type for a full disk
+        raise OSError(f"cannot write {path}: {error}; make room, or choose another folder") from None
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def save_changed(path: str | os.PathLike, base: str | os.PathLike, changed: dict[str, Tensor], metadata: dict[str, str]
+                 ) -> None:
+    """A copy of the checkpoint `base` with some of its tensors changed, and with this metadata beside its config."""
+    with open_file(base) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys() if name not in changed} | changed
+    save_checkpoint(path, tensors, read_metadata(base)["config"], metadata)

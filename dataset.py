@@ -23,7 +23,7 @@ Read next: train.py
 
 from __future__ import annotations
 
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -39,6 +39,7 @@ from cache import CachedLatents, cache_contexts, cache_latents, check_once, lazy
 from clips import box_mask, draw_reference, faces_for_clip, load_faces
 from frames import DEFAULT_BUCKETS, clip_times, cover, parse_buckets
 from losses import pool_face_mask
+from memory import OFFLOADS
 from reference import letterbox, patchify
 from run import seeded
 from text import TextEncoder
@@ -315,6 +316,19 @@ class RealClips:
         return "rows " + ", ".join(f"{self.rows[i].number} ({self.rows[i].video.name})" for i in indices)
 
 
+def add_data_arguments(p: ArgumentParser) -> None:
+    """What train.py reads. LTX-2.3: its default size and frame rate; the buckets are explained in frames.py."""
+    add = p.add_argument
+    add("--manifest", type=Path, help="own clips (clips.py); without it the procedural world")
+    add("--validation", type=Path, help="a second manifest, never trained on: its loss is logged, its references shown")
+    add("--buckets", default=DEFAULT_BUCKETS, help="height x width x frames, separated by commas")
+    add("--frame-rate", type=float, default=24.0, help="of the clips after decoding")
+    add("--root", action="append", default=[], help="a folder that the manifest's paths may lead into; repeatable")
+    add("--allow-outside", action="store_true", help="the manifest's paths may lead anywhere")
+    add("--cache", type=Path, default=Path("cache"), help="latents and contexts, computed once")
+    add("--offload-text", choices=OFFLOADS, default="none", help="where Gemma's layers wait, as in sample.py")
+
+
 def open_manifest(manifest: Path, args: Namespace, vae: VideoVAE, device: str, rank: int = 0, world_size: int = 1
                   ) -> RealClips:
     """Check a manifest, compute what the cache folder does not hold yet, and open it. All processes share the work.
@@ -323,7 +337,7 @@ def open_manifest(manifest: Path, args: Namespace, vae: VideoVAE, device: str, r
     is loaded only when a caption is new, and freed again. Raises ValueError when no row can be used.
     """
     share_out = {"folder": args.cache, "rank": rank, "world": world_size, "wait": wait}
-    shapes = parse_buckets(args.buckets or DEFAULT_BUCKETS, vae.time_scale, vae.space_scale)
+    shapes = parse_buckets(args.buckets, vae.time_scale, vae.space_scale)
     report = check_once(manifest, shapes, args.frame_rate, args.allow_outside, args.root, **share_out)
     if rank == 0:
         print("\n".join(report.lines()))

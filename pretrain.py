@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,7 @@ from model import TRANSFORMER_PREFIX, TransformerConfig, VideoTransformer, ltx_s
 from optim import KEEP_FROM_MUON, Average, MuonAdamW, schedule, split_parameters
 from reference import patchify
 from rope import grid_to_positions, video_grid
-from run import Run, seeded, write_beside
+from run import Run, command, seeded, write_beside
 from sample import denoise
 from text import (
     CONNECTOR_PREFIX,
@@ -137,7 +138,7 @@ class Clips:
         self.device = device
         if device == "cpu":
             if not (DATA / "train" / "boxes.npy").exists():
-                raise SystemExit("no rendered clips in data/train: run `python pretrain.py render` first")
+                raise ValueError("expected rendered clips in data/train, got none; run `python pretrain.py render` first")
             self.video = np.load(DATA / "train" / "video.npy", mmap_mode="r")
             self.boxes = np.load(DATA / "train" / "boxes.npy", mmap_mode="r")
 
@@ -481,7 +482,7 @@ def export_stage(args: argparse.Namespace, device: str) -> None:
                                                                     "model.safetensors")}
     for source in (trained, *sources.values()):
         if not source.exists():
-            raise SystemExit(f"pretrain.py: {source} is missing; run the stage that writes it first (--help lists them)")
+            raise ValueError(f"expected {source}, got no such file; run the stage that writes it first (--help lists them)")
     for name, source in sources.items():
         write_beside(WEIGHTS / name, lambda p, source=source: shutil.copyfile(source, p))
     with safe_open(trained, "pt") as f:
@@ -500,7 +501,7 @@ def export_stage(args: argparse.Namespace, device: str) -> None:
         write_beside(Path("examples") / f"{name}.png", lambda p, image=image: image.save(p, format="PNG"))
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("stage", choices=["render", "vae", "encode", "base", "face", "judge", "export"])
@@ -514,6 +515,10 @@ def main() -> None:
     defaults = {"vae": (3800, 8), "base": (1000, 8), "face": (600, 64), "judge": (450, 64)}.get(args.stage, (0, 0))
     args.steps = defaults[0] if args.steps is None else args.steps
     args.batch = defaults[1] if args.batch is None else args.batch
+    return args
+
+
+def pretrain(args: argparse.Namespace) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -526,5 +531,9 @@ def main() -> None:
         {"vae": vae_stage, "encode": encode_stage, "base": base_stage, "export": export_stage}[args.stage](args, device)
 
 
+def main() -> int:
+    return command("pretrain.py", lambda: pretrain(parse_arguments()))
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

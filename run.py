@@ -95,6 +95,31 @@ def check_finite(step: int, terms: dict[str, float], clips: str) -> None:
                              "again: the last saved state is from before")
 
 
+def command(name: str, work: Callable[[], object]) -> int:
+    """Run a script's work; its exit status. What a user can mend is one line and 2; stopped by Ctrl-C 130, SIGTERM 143.
+
+    During the steps of a run both signals are only noted, see `Run.signals`.
+    """
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt(number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        work()
+    except KeyboardInterrupt as stopped:
+        print(f"{name}: stopped; the same command goes on", file=sys.stderr)
+        return 128 + (stopped.args[0] if stopped.args else signal.SIGINT)
+    except (ValueError, OSError) as error:
+        message = " ".join(str(error).split())
+        print(f"{name}: error: {message}" + ("" if "; " in message else "; check that file and the free space"),
+              file=sys.stderr)
+        return 2
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return 0
+
+
 class Run:
     """One resumable training run in a folder: `state-<step>.safetensors`, `log.jsonl`, pictures.
 

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -39,20 +38,20 @@ from torch import Generator, Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from augment import AugmentStrength, augment_reference
-from checkpoint import load_weights, open_file, read_metadata, save_checkpoint
-from dataset import Batch, Order, PerClip, open_data, share
-from face import FaceNet, faces_of, load_facenet
+from checkpoint import load_weights, read_metadata, save_changed
+from dataset import Batch, Order, PerClip, add_data_arguments, open_data, share
+from face import FaceNet, faces_of, load_facenet, usable_landmarks
 from lora import add_lora, save_lora
 from losses import IDENTITY_MAX_SIGMA, clean_estimate, face_weighted_loss, flow_matching_loss, identity_loss, total_loss
-from memory import OFFLOADS, load_by_block
+from memory import load_by_block
 from model import TRANSFORMER_PREFIX, TransformerConfig, VideoTransformer, training_sigmas
 from optim import KEEP_FROM_MUON, Average, MuonAdamW, schedule, split_parameters
 from reference import append_reference, drop_reference, encode_reference, unpatchify
 from rope import PLACEMENTS, grid_to_positions, reference_grid, source_phase, video_grid
-from run import Run, check_finite, seeded
+from run import Run, check_finite, command, seeded
 from vae import VideoVAE
 from validate import sample_clips, validate
-from workers import average_gradients, can_shard, device_name, shard, start_workers, sum_all, whole
+from workers import average_gradients, can_shard, device_name, settle_thread, shard, start_workers, sum_all, whole
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -64,15 +63,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--gemma-root", type=Path, default=Path("runs/gemma"), help="folder of the text encoder")
     add("--face", type=Path, default=Path("runs/face.safetensors"), help="recogniser of the identity loss (face.py)")
     add("--out", type=Path, default=Path("runs/st-drc"), help="states, log, pictures, result")
-    # What is read. Buckets: LTX-2.3's default size, upright, and images; see frames.py.
-    add("--manifest", type=Path, help="own clips (clips.py); without it the procedural world")
-    add("--validation", type=Path, help="a second manifest, never trained on: its loss is logged, its references shown")
-    add("--buckets", help="height x width x frames, separated by commas; default 512x768x121 and its relatives")
-    add("--frame-rate", type=float, default=24.0, help="of the clips after decoding (LTX-2.3)")
-    add("--root", action="append", default=[], help="a folder that the manifest's paths may lead into; repeatable")
-    add("--allow-outside", action="store_true", help="the manifest's paths may lead anywhere")
-    add("--cache", type=Path, default=Path("cache"), help="latents and contexts, computed once")
-    add("--offload-text", choices=OFFLOADS, default="none", help="where Gemma's layers wait, as in sample.py")
+    add_data_arguments(p)  # --manifest, --validation, --buckets ...: what is read
     # What is trained. LTX-2.3: rank and alpha of its in-context LoRA example, float32 over a bf16 base.
     add("--full", action="store_true", help="train all weights instead of a LoRA")
     add("--rank", type=int, default=32, help="of the LoRA; alpha = rank")
@@ -81,7 +72,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--steps", type=int, default=3000)
     add("--batch", type=int, default=1, help="clips at a time in each process")
     add("--accumulate", type=int, default=1, help="batches of each process in one step")
-    add("--lr", type=float, help="default 2e-4 (LTX-2.3's in-context LoRA); with --full 1e-5 (usual), Muon 1e-3 and 3e-3")
+    # LTX-2.3: 2e-4 for its in-context LoRA. our reading: 1e-5 with --full; Muon 3e-3 for matrices, 1e-3 for the rest
+    add("--lr", type=float, help="default 2e-4; with --full 1e-5, with Muon 1e-3 and three times that")
     add("--optimizer", choices=["adamw", "muon"], default="adamw", help="LTX-2.3: AdamW. Muon (optim.py) needs --full")
     add("--warmup", type=int, default=100, help="steps; our reading, Adam's first averages are noise")
     add("--decay", type=float, default=1.0, help="share of the run over which the rate falls")
@@ -249,9 +241,11 @@ def identity_term(args: argparse.Namespace, vae: VideoVAE, net: FaceNet, x0_hat:
         frames.append(checkpoint(vae.decode_frame, *decode, use_reentrant=False) if args.gradient_checkpointing
                       else vae.decode_frame(*decode))                                     # (1, 3, h, w)
     t = draws.frame[judged]
-    crops = faces_of(torch.cat(frames).float(), batch.boxes[judged, t], batch.landmarks[judged, t], net.size)
+    marks, ref_marks = batch.landmarks[judged, t], batch.reference_landmarks[judged]      # (b, 5, 2) each
+    both = (usable_landmarks(marks) & usable_landmarks(ref_marks))[:, None, None]         # cut both faces in one way
+    crops = faces_of(torch.cat(frames).float(), batch.boxes[judged, t], marks.where(both, torch.nan), net.size)
     with torch.no_grad():
-        person = net(faces_of(batch.reference[judged], batch.reference_box[judged], batch.reference_landmarks[judged],
+        person = net(faces_of(batch.reference[judged], batch.reference_box[judged], ref_marks.where(both, torch.nan),
                               net.size))                                                  # (b, E)
     return identity_loss(net, crops, person, torch.ones(len(judged), dtype=torch.bool, device=crops.device))
 
@@ -273,9 +267,7 @@ def save_result(args: argparse.Namespace, run: Run, model: VideoTransformer) -> 
             return args.out / "lora.safetensors"
         trained = {TRANSFORMER_PREFIX + k: whole(p.detach()).cpu().bfloat16() for k, p in model.named_parameters()}
     if run.rank == 0:
-        with open_file(args.checkpoint) as f:
-            tensors = {k: f.get_tensor(k) for k in f.keys() if k not in trained} | trained
-        save_checkpoint(args.out / "model.safetensors", tensors, read_metadata(args.checkpoint)["config"], metadata)
+        save_changed(args.out / "model.safetensors", args.checkpoint, trained, metadata)
     return args.out / "model.safetensors"
 
 
@@ -302,10 +294,11 @@ def train(args: argparse.Namespace) -> None:
     vae.eval().requires_grad_(False)
     net = load_facenet(args.face, device) if args.w_id > 0 else None
     data, shown, held_out = open_data(args, vae, device, rank, world_size)
-    model = load_transformer(args, config, device, sharded=args.parallel == "fsdp" and can_shard())
+    sharded = args.parallel == "fsdp" and can_shard()
+    model = load_transformer(args, config, device, sharded)
     run = begin(args, model, world_size)
     order = Order(data.groups, args.batch * args.accumulate * world_size, args.seed)
-    forward = torch.compile(velocity) if args.compile else velocity
+    forward = torch.compile(velocity) if args.compile and not sharded else velocity  # gathering breaks a graph into pieces
     compute = partial(losses, args, forward, model, vae, net, data.null_context.to(device))
 
     def read(step: int) -> tuple[list[int], Batch, Draws]:
@@ -322,7 +315,7 @@ def train(args: argparse.Namespace) -> None:
         draws = draw(plain, batch, generators)
         return torch.stack(compute(batch.to(device), draws.to(device))[:2]).cpu(), applies(batch, draws)[:2]
 
-    ahead = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),))
+    ahead = ThreadPoolExecutor(1, initializer=settle_thread, initargs=(torch.get_num_threads(),))
     ready = ahead.submit(read, run.done)  # the next step's clips are read while this one computes
     for step in run.steps(args.steps, args.minutes, args.batch * args.accumulate, "st-drc", args.save_seconds):
         everyone, batch, draws = ready.result()
@@ -358,21 +351,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    def stop(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    signal.signal(signal.SIGTERM, stop)  # while preparing; during steps both signals are noted, see Run.signals
-    try:
-        train(parse_arguments())
-    except KeyboardInterrupt:
-        print("train.py: stopped while preparing; the same command begins again", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        message = " ".join(str(error).split())
-        print(f"train.py: error: {message}" + ("" if "; " in message else "; check that file and the free space"),
-              file=sys.stderr)
-        return 2
-    return 0
+    return command("train.py", lambda: train(parse_arguments()))
 
 
 if __name__ == "__main__":

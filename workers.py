@@ -48,6 +48,13 @@ def start_workers() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")) if world > 1 else 0, world
 
 
+def settle_thread(threads: int) -> None:
+    """For a thread beside the main one: as many CPU threads, and the card of this process; neither is inherited."""
+    torch.set_num_threads(threads)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+
+
 def wait() -> None:
     """Until all processes are here."""
     if dist.is_initialized():

@@ -4,7 +4,8 @@
 
 writes 12 clips of the world as video files, trains on them once undisturbed (on the bundled checkpoint), then as many
 times as there are kills: SIGKILL after a random part of the undisturbed run's time, start again, SHA-256 of everything
-in the last state (weights, average, optimiser). Every step is saved, so that many kills hit a file being written.
+in the last state (weights, average, optimiser). Every step is saved, so that many kills hit a file being written. A run
+that was done before its kill came does not count.
 """
 
 import argparse
@@ -62,9 +63,9 @@ def main() -> int:
     subprocess.run(command(folder, folder / "run-straight", args.steps), check=True, **quiet)
     seconds, wanted = time.time() - start, digest(folder / "run-straight")
     print(f"straight: {seconds:.1f} s, {wanted[:16]}", flush=True)
-    equal = 0
-    for kill in range(args.kills):
-        out = folder / f"run-{kill:02d}"
+    equal = kills = 0
+    while kills < args.kills:
+        out = folder / f"run-{kills:02d}"
         process = subprocess.Popen(command(folder, out, args.steps), **quiet)
         wait = draw.random() * seconds
         try:
@@ -72,12 +73,16 @@ def main() -> int:
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
         process.communicate()
+        if process.returncode != -signal.SIGKILL:
+            shutil.rmtree(out)
+            continue
+        kills += 1
         states = sorted(path.name[6:14] for path in out.glob("state-*.safetensors"))
         subprocess.run(command(folder, out, args.steps), check=True, **quiet)
         found = digest(out)
         equal += found == wanted
-        print(f"kill {kill + 1}: after {wait:.1f} s, status {process.returncode}, newest state "
-              f"{int(states[-1]) if states else 'none'}, in the end {found[:16]}", flush=True)
+        print(f"kill {kills}: after {wait:.1f} s, newest state {int(states[-1]) if states else 'none'}, in the end "
+              f"{found[:16]}", flush=True)
         shutil.rmtree(out)
     print(f"{equal} of {args.kills} equal")
     return equal != args.kills

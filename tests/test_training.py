@@ -3,6 +3,8 @@
     pytest tests/test_training.py
 """
 
+import inspect
+import json
 import random
 import signal
 import subprocess
@@ -14,11 +16,13 @@ import pytest
 import torch
 from torch import nn
 
-import optim
 import pretrain
 import train
-from checkpoint import read_metadata
-from optim import Average, MuonAdamW, Run, orthogonalize, schedule, seeded, split_parameters
+import validate
+from checkpoint import open_file, read_metadata
+from dataset import fresh_world
+from optim import Average, MuonAdamW, orthogonalize, schedule, split_parameters
+from run import Run, load_state, seeded, write_beside
 
 
 def toy_run(folder, minutes, save_seconds=120):
@@ -47,7 +51,7 @@ def test_an_interrupted_run_ends_at_the_same_weights_bit_for_bit(tmp_path):
     assert stops == [10, 20, 30]
     for name, value in straight.items():
         assert torch.equal(value, weights[name]), name
-    a, b = (optim.load_state(tmp_path / x / "state-00000030.safetensors")[0] for x in "ab")
+    a, b = (load_state(tmp_path / x / "state-00000030.safetensors")[0] for x in "ab")
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     assert len(list((tmp_path / "b").glob("state-*"))) == 2, "the newest two are kept"
 
@@ -72,26 +76,29 @@ def test_a_damaged_state_is_passed_over_and_other_settings_are_refused(tmp_path,
         Run(tmp_path / "c", named, optimizer, Average(named), {"lr": 2e-3})
 
 
+# toy_run in a process of its own, which imports no more than it needs.
 TOY = """
-import sys, torch
-sys.path[:0] = [{tests!r}, {root!r}]
+import sys, time, torch
+from torch import nn
+sys.path.insert(0, {root!r})
 torch.set_num_threads(1)
-import optim, test_training, time
-slow = optim.seeded
+import run
+from optim import Average, MuonAdamW, schedule, split_parameters
+from run import Run
 def seeded(*numbers):
     print("in a step", flush=True)
     time.sleep(0.02)  # long enough to be hit
-    return slow(*numbers)
-test_training.seeded = seeded
-run, weights = test_training.toy_run({folder!r}, 9, save_seconds=0)
+    return run.seeded(*numbers)
+{source}
+toy_run({folder!r}, 9, save_seconds=0)
 """
 
 
 def test_signals_save_and_kills_lose_nothing(tmp_path):
     """Ctrl-C and SIGTERM end after a step with status 130 and 143; SIGKILL at random moments: the same final weights."""
     _, straight = toy_run(tmp_path / "straight", minutes=9)
-    here = Path(__file__).resolve().parent
-    script = TOY.format(tests=str(here), root=str(here.parent), folder=str(tmp_path / "killed"))
+    root, source = Path(__file__).resolve().parent.parent, inspect.getsource(toy_run)
+    script = TOY.format(root=str(root), source=source, folder=str(tmp_path / "killed"))
     draw, seen = random.Random(3), []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL, signal.SIGKILL, signal.SIGKILL):
         process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -106,6 +113,35 @@ def test_signals_save_and_kills_lose_nothing(tmp_path):
     run, weights = toy_run(tmp_path / "killed", minutes=9)
     assert run.done == 30
     assert all(torch.equal(straight[name], weights[name]) for name in straight)
+
+
+def test_the_log_goes_on_where_the_state_is_and_a_line_cut_off_by_a_kill_is_dropped(tmp_path):
+    toy_run(tmp_path, minutes=0)  # ten steps
+    log = tmp_path / "log.jsonl"
+    first = log.read_text()
+    log.write_text(first + '{"step": 20, "seconds": 1.0}\n{"step": 9, "sec')
+    run, _ = toy_run(tmp_path, minutes=0)
+    lines = log.read_text().splitlines(keepends=True)
+    assert lines[0] == first and [json.loads(line)["step"] for line in lines] == [10, 20]
+    assert run.seconds > json.loads(first)["seconds"] >= 0, "seconds count over all commands"
+
+
+def test_averaged_weights_are_in_the_model_only_inside(tmp_path):
+    run, weights = toy_run(tmp_path, minutes=9)
+    with pytest.raises(RuntimeError, match="inside"), run.averaged():
+        assert all(torch.equal(run.model[name], value) for name, value in run.average.shadow.items())
+        assert not torch.equal(run.model["0.weight"], weights["0.weight"])
+        raise RuntimeError("inside")
+    assert all(torch.equal(run.model[name], value) for name, value in weights.items()), "also after an error"
+
+
+def test_a_command_that_cannot_be_meant_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
+    for words, expected in ((["--optimizer", "muon"], "--full"), (["--checkpoint-path", "nowhere"], "nowhere")):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path / "out"), *words])
+        assert train.main() == 2
+        told = capsys.readouterr().err
+        assert told.startswith("train.py: error: expected") and expected in told and told.count("\n") == 1, told
+    assert not (tmp_path / "out").exists()
 
 
 def test_orthogonalize_brings_singular_values_near_one():
@@ -123,7 +159,7 @@ def test_a_failed_write_leaves_the_old_file_alone(tmp_path):
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        optim.write_beside(target, fail)
+        write_beside(target, fail)
     assert target.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["x.txt"]
 
 
@@ -136,13 +172,15 @@ def test_every_stage_hands_on_what_the_next_one_reads(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     quick = ["--no-compile", "--batch", "4"]
+    for name in ("LOOKS", "SHOWN"):
+        monkeypatch.setattr(validate, name, 1)
     call(pretrain, monkeypatch, "render", "--clips", "32")
     call(pretrain, monkeypatch, "vae", "--steps", "2", *quick)
     call(pretrain, monkeypatch, "encode", "--clips", "32")
     call(pretrain, monkeypatch, "base", "--steps", "2", *quick)
     call(pretrain, monkeypatch, "face", "--steps", "2", *quick)
     call(pretrain, monkeypatch, "judge", "--steps", "2", *quick)
-    call(train, monkeypatch, "--full", "--steps", "2", *quick)
+    call(train, monkeypatch, "--full", "--optimizer", "muon", "--steps", "2", *quick)
     call(train, monkeypatch, "--steps", "2", "--out", "runs/lora", "--placement", "overlap", *quick)
     assert train.main() == 0, "nothing left to do"
     monkeypatch.setattr(sys, "argv", ["train.py", "--steps", "3", "--out", "runs/lora", "--rank", "8", *quick])
@@ -150,24 +188,23 @@ def test_every_stage_hands_on_what_the_next_one_reads(tmp_path, monkeypatch):
     call(pretrain, monkeypatch, "export")
     model = read_metadata("weights/tiny/model.safetensors")
     assert model["reference_placement"] == "tass" and model["config"]["inference"]["width"] == 64
-    before = optim.load_state("runs/st-drc/state-00000002.safetensors")[0]
+    before = load_state("runs/st-drc/state-00000002.safetensors")[0]
     base = pretrain.load_weights(pretrain.VideoVAE(model["config"]["vae"]), "runs/base.safetensors", "vae.")
     after = pretrain.load_weights(pretrain.VideoVAE(model["config"]["vae"]), "weights/tiny/model.safetensors", "vae.")
     for (name, a), b in zip(base.state_dict().items(), after.state_dict().values(), strict=True):
         assert torch.equal(a, b), f"train.py changed the frozen VAE: {name}"
     assert any(k.startswith("muon.transformer_blocks") for k in before)
-    with optim.safe_open("runs/lora/lora.safetensors", "pt") as f:
+    with open_file("runs/lora/lora.safetensors") as f:
         assert f.metadata()["reference_placement"] == "overlap"
         assert "diffusion_model.transformer_blocks.0.attn1.to_q.lora_A.weight" in f.keys()
 
 
 def test_fresh_batches_carry_the_caption_of_what_they_show():
-    text = pretrain.new_text_encoder(pretrain.train_bpe(pretrain.world.all_captions()[::97], 400))
-    data = pretrain.FreshLatents(text, pretrain.VideoVAE(pretrain.TINY_VAE))
-    batch = data.batch(8, seeded(3))
+    data = fresh_world(pretrain.VideoVAE(pretrain.TINY_VAE))
+    clips = data.clips(list(range(8)), [seeded(3, k) for k in range(8)])
     captions = pretrain.world.all_captions()
-    for index, (scene, light, shirt) in zip(batch["index"].tolist(), batch["setting"].tolist(), strict=True):
+    for index, (scene, light, shirt) in zip(clips["caption"].tolist(), clips["setting"].tolist(), strict=True):
         for words in (pretrain.world.SCENE_NAMES[scene], pretrain.world.LIGHT_NAMES[light],
                       pretrain.world.SHIRT_NAMES[shirt]):
             assert words in captions[index]
-    assert batch["x0"].shape == (8, 192, 128) and batch["face"].shape == (8, 192)
+    assert clips["x0"].shape == (8, 192, 128) and clips["face"].shape == (8, 192)

@@ -1,5 +1,6 @@
 """The VAE equals Diffusers' LTX-2 VAE on random sizes and weights; it is causal; its decibels are decibels.
 Decoding in tiles: the official intervals, a stated error, no seam, and memory that does not grow with the video.
+Decoding one frame: bit for bit with a long reach, to a stated error with a short one.
 
 Hardware: CPU, under 20 seconds. Run: python -m pytest tests/test_vae.py
 """
@@ -13,6 +14,7 @@ import torch
 import vae as vae_file
 import world
 from checkpoint import load_weights, read_metadata
+from dataset import clip_rows
 from plan import LiveBytes
 from vae import (
     Tile,
@@ -495,3 +497,68 @@ def test_ltx_blocks_are_exact_away_from_the_border_and_wrong_only_where_a_tile_c
         assert error[start:40].max() > 1e-2, "both tiles, and neither sees all it should"
     print(f"mean error with 2, 8, 16 shared columns: {means}; deviation of the pixels {untiled.std():.2f}")
     assert all(found < bound for found, bound in zip(means, (0.02, 0.006, 0.0045), strict=True)), means
+
+
+# ---------------------------------------------------------------- one frame
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("seed", [0, 3])
+def test_one_frame_with_a_reach_of_the_whole_video_is_that_of_decode_bit_for_bit(seed):
+    vae = build(seed)
+    latent = torch.randn(2, vae.latent_channels, 4, 3, 2)
+    video = vae.decode(latent)                                                            # (2, 3, F, h, w)
+    assert video.shape[2] == 3 * vae.time_scale + 1
+    for frame in range(video.shape[2]):
+        for reach in (4, 9):
+            assert torch.equal(vae.decode_frame(latent, frame, reach), video[:, :, frame]), (frame, reach)
+
+
+@torch.no_grad()
+def test_one_frame_of_a_picture_and_a_frame_that_is_not_there():
+    vae = build(1)
+    latent = torch.randn(1, vae.latent_channels, 1, 2, 2)
+    assert torch.equal(vae.decode_frame(latent, 0), vae.decode(latent)[:, :, 0])
+    for frame in (-1, 1):
+        with pytest.raises(ValueError, match=f"between 0 and 0, got {frame}"):
+            vae.decode_frame(latent, frame)
+
+
+@pytest.mark.parametrize("frame", [0, 1, 9, 24])
+@pytest.mark.parametrize("reach", [0, 1, 2])
+def test_gradients_of_one_frame_reach_the_latents_of_its_window_and_no_other(frame, reach):
+    """Bundled VAE, 7 latent frames of 4 frames each. A window goes back one at least: its first cell is a picture's."""
+    vae = bundled()
+    latent = torch.randn(1, vae.latent_channels, 7, 2, 2, requires_grad=True)
+    vae.decode_frame(latent, frame, reach).square().sum().backward()
+    cell = -(-frame // vae.time_scale)
+    touched = [i for i in range(7) if latent.grad[:, :, i].abs().max() > 0]
+    assert touched == list(range(max(0, cell - max(1, reach)), min(7, cell + reach + 1))), touched
+
+
+def bundled() -> VideoVAE:
+    path = Path(vae_file.__file__).parent / "weights" / "tiny" / "model.safetensors"
+    return load_weights(VideoVAE(read_metadata(path)["config"]["vae"]), path, "vae.", torch.float32).eval()
+
+
+REACHES = {0: 41.0, 1: 44.0, 2: 50.0, 3: 70.0}  # latent frames on either side -> decibels to the whole decode
+
+
+@torch.no_grad()
+def test_two_latent_frames_on_either_side_give_the_frame_of_the_whole_video_to_fifty_decibels():
+    """Bundled VAE, 4 clips of people nobody trained on, 49 frames, ten of them compared. Measured for a reach of 0, 1,
+    2 and 3: 43.7, 47.3, 57.8 and 76.3 dB (one PSNR over all). The VAE itself redraws these clips at 31.4 dB."""
+    vae, rows = bundled(), clip_rows("val", 0, 4)
+    poses = world.action_poses(rows["action"], 49, torch.Generator().manual_seed(5))
+    video = world.render(rows["person"], rows["setting"], poses, 64)[0]
+    latent = vae.encode(video)                                                            # (4, C, 13, 8, 8)
+    whole_video, frames, found = vae.decode(latent), [0, 1, 6, 15, 20, 29, 34, 43, 47, 48], {}  # every place in a cell
+    assert {frame % vae.time_scale for frame in frames} == set(range(vae.time_scale))
+    for reach in REACHES:
+        some = torch.stack([vae.decode_frame(latent, frame, reach) for frame in frames], dim=2)
+        found[reach] = psnr(some.flatten()[None], whole_video[:, :, frames].flatten()[None]).item()
+    print(f"the whole decode against the clips: {psnr(whole_video.flatten()[None], video.flatten()[None]).item():.1f}")
+    print("\n".join(["reach  decibels", *(f"{reach:5d}  {found[reach]:8.1f}" for reach in REACHES)]))
+    assert list(found.values()) == sorted(found.values()), found
+    assert all(found[reach] > least for reach, least in REACHES.items()), found
+    assert found[0] < 47, "a reach of nothing can be told apart: the comparison means something"

@@ -23,6 +23,7 @@ Read next: train.py
 
 from __future__ import annotations
 
+import hashlib
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -214,6 +215,10 @@ class WorldClips:
     def names(self, indices: list[int]) -> str:
         return f"clips {indices}"
 
+    def fingerprint(self) -> str:
+        """Another one means other clips in the same steps."""
+        return f"world, {len(self.groups[0])}"
+
 
 def captions_of(rows: dict[str, Tensor]) -> list[str]:
     """The caption of each row, and the null prompt."""
@@ -311,6 +316,12 @@ class RealClips:
             box = drawn.box * scale + corner.repeat(2)
             marks = marks if drawn.landmarks is None else drawn.landmarks * scale + corner
         return canvas, box, marks, torch.tensor(drawn.box is not None)
+
+    def fingerprint(self) -> str:
+        """Another one means other clips in the same steps: latents (by content), captions, where references come from."""
+        rows = [(path.name, row.caption, str(row.reference), row.identity, row.faces is None)
+                for row, path in zip(self.rows, self.latents.paths, strict=True)]
+        return hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
 
     def names(self, indices: list[int]) -> str:
         return "rows " + ", ".join(f"{self.rows[i].number} ({self.rows[i].video.name})" for i in indices)

@@ -137,6 +137,11 @@ class Run:
         self.rank, self.world = start_workers()
         self.done, self.seconds, self.signal = 0, 0.0, 0
         self.values: dict[str, list[float]] = defaultdict(list)  # since the last line of the log
+        self.began, self.line, self.reported = (time.time(), 0), "", 0
+        if self.rank == 0:
+            for pattern in (".tmp??????", ".*.tmp"):  # half a state, from safetensors or from us: a kill while saving
+                for path in self.folder.glob(pattern):
+                    path.unlink(missing_ok=True)
         self.resume()
 
     # ------------------------------------------------------------ states
@@ -218,6 +223,18 @@ class Run:
         for name, value in values.items():
             self.values[name].append(value)
 
+    def report(self, step: int, samples_per_step: int) -> None:
+        """Means since the last line -> the log, and the line on the screen; once for a step."""
+        if step == self.reported:
+            return
+        self.reported = step
+        started, first = self.began
+        rate = (step - first) * samples_per_step * self.world / (time.time() - started)
+        means = {k: sum(v) / len(v) for k, v in self.values.items()}
+        self.values.clear()
+        self.log(step, **means, samples_per_second=rate, memory_gb=memory_gb())
+        self.line = ", ".join(f"{k}={v:.3g}" for k, v in means.items()) + f", {rate:.1f} samples/s, {memory_gb():.1f} GB"
+
     def forget_later_lines(self) -> None:
         """A killed run has logged steps after its last state; they will be computed, and logged, again."""
         path = self.folder / "log.jsonl"
@@ -259,8 +276,9 @@ class Run:
 
         samples_per_step: of this process. The bar shows the time left; its numbers are means since the last log line.
         """
-        start, last_save, first, before = time.time(), time.time(), self.done, self.seconds
-        bar = tqdm(total=total, initial=first, desc=name, disable=self.rank != 0, dynamic_ncols=True, mininterval=2)
+        start, last_save, before = time.time(), time.time(), self.seconds
+        self.began = start, self.done
+        bar = tqdm(total=total, initial=self.done, desc=name, disable=self.rank != 0, dynamic_ncols=True, mininterval=2)
         with self.signals():
             while self.done < total:
                 yield self.done
@@ -268,12 +286,8 @@ class Run:
                 self.seconds = before + time.time() - start
                 bar.update()
                 if self.done % LOG_EVERY == 0 or self.done == total:
-                    rate = (self.done - first) * samples_per_step * self.world / (time.time() - start)
-                    means = {k: sum(v) / len(v) for k, v in self.values.items()}
-                    self.values.clear()
-                    self.log(**means, samples_per_second=rate, memory_gb=memory_gb())
-                    bar.set_postfix_str(", ".join(f"{k}={v:.3g}" for k, v in means.items())
-                                        + f", {rate:.1f} samples/s, {memory_gb():.1f} GB", refresh=False)
+                    self.report(self.done, samples_per_step)
+                    bar.set_postfix_str(self.line, refresh=False)
                 late = self.done % 10 == 0 and time.time() - start > minutes * 60
                 stop, save = self.agree(bool(self.signal) or late, time.time() - last_save > save_seconds)
                 if stop:

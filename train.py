@@ -39,7 +39,7 @@ from torch.utils.checkpoint import checkpoint
 
 from augment import AugmentStrength, augment_reference
 from checkpoint import load_weights, read_metadata, save_changed
-from dataset import Batch, Order, PerClip, add_data_arguments, open_data, share
+from dataset import Batch, Order, PerClip, RealClips, WorldClips, add_data_arguments, open_data, share
 from face import FaceNet, faces_of, load_facenet, usable_landmarks
 from lora import add_lora, save_lora
 from losses import IDENTITY_MAX_SIGMA, clean_estimate, face_weighted_loss, flow_matching_loss, identity_loss, total_loss
@@ -98,7 +98,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--parallel", choices=["fsdp", "ddp"], default="fsdp", help="several processes: shards or copies (workers.py)")
     add("--minutes", type=float, default=1e9, help="stop and save after this time; run again to go on")
-    add("--save-seconds", type=float, default=120, help="time between saved states; the newest two are kept")
+    add("--save-seconds", type=float, default=120, help="time between saved states")
+    add("--keep", type=int, default=2, help="how many states are kept, the newest; two, so that a damaged one is no loss")
     add("--validate-every", type=int, default=500, help="steps between validations: loss, contact sheet, curves.png")
     add("--compile", action=switch, default=False, help="torch.compile: minutes at first, then faster")
     return p.parse_args()
@@ -106,7 +107,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def check_numbers(args: argparse.Namespace) -> None:
     """Raise ValueError for a number that cannot be meant. NaN fails every comparison."""
-    ranges = dict.fromkeys(("steps", "batch", "accumulate", "rank", "validate_every"), (1, 1e9))
+    ranges = dict.fromkeys(("steps", "batch", "accumulate", "rank", "validate_every", "keep"), (1, 1e9))
     ranges |= dict.fromkeys(("drop_ref", "drop_both", "drop_text", "decay", "final_lr", "average"), (0, 1))
     ranges |= dict.fromkeys(("augment_color", "augment_pose", "augment_layout"), (0, 10))
     ranges |= dict.fromkeys(("w_face", "w_id", "id_reach", "warmup", "minutes", "save_seconds", "seed"), (0, 2**63 - 1))
@@ -271,14 +272,15 @@ def save_result(args: argparse.Namespace, run: Run, model: VideoTransformer) -> 
     return args.out / "model.safetensors"
 
 
-def begin(args: argparse.Namespace, model: VideoTransformer, world_size: int) -> Run:
+def begin(args: argparse.Namespace, model: VideoTransformer, data: WorldClips | RealClips, world_size: int) -> Run:
     """The run in --out, from its newest state when there is one. What decides the result must be as it was."""
     named = {k: p for k, p in model.named_parameters() if p.requires_grad}
-    free = ("steps", "minutes", "compile", "out", "save_seconds", "batch", "accumulate", "parallel", "validate_every",
-            "gradient_checkpointing", "cache", "validation")
+    free = ("steps", "minutes", "compile", "out", "save_seconds", "keep", "batch", "accumulate", "parallel", "cache",
+            "validate_every", "gradient_checkpointing", "validation", "manifest")
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in free}
     settings["clips_per_step"] = args.batch * args.accumulate * world_size  # shared out as one likes
-    return Run(args.out, named, make_optimizer(args, named), Average(named, args.average), settings)
+    settings["clips"] = data.fingerprint()
+    return Run(args.out, named, make_optimizer(args, named), Average(named, args.average), settings, args.keep)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -296,7 +298,7 @@ def train(args: argparse.Namespace) -> None:
     data, shown, held_out = open_data(args, vae, device, rank, world_size)
     sharded = args.parallel == "fsdp" and can_shard()
     model = load_transformer(args, config, device, sharded)
-    run = begin(args, model, world_size)
+    run = begin(args, model, data, world_size)
     order = Order(data.groups, args.batch * args.accumulate * world_size, args.seed)
     forward = torch.compile(velocity) if args.compile and not sharded else velocity  # gathering breaks a graph into pieces
     compute = partial(losses, args, forward, model, vae, net, data.null_context.to(device))
@@ -342,6 +344,7 @@ def train(args: argparse.Namespace) -> None:
         run.record(loss=fm + args.w_face * face + args.w_id * identity, fm=fm, face=face, id=identity,
                    lr=factor * run.optimizer.lr_other, gradient=whole(norm).item(), with_face=shares[0], with_id=shares[1])
         if (step + 1) % args.validate_every == 0 or step + 1 == args.steps:
+            run.report(step + 1, args.batch * args.accumulate)
             validate(run, shown, args.batch, held_out, look,
                      lambda clips: sample_clips(shown, clips, config, model, vae, args.placement, args.precision))
     ahead.shutdown(cancel_futures=True)

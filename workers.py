@@ -32,9 +32,6 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def start_workers() -> tuple[int, int]:
@@ -86,7 +83,7 @@ def average_gradients(parameters: list[nn.Parameter], world: int) -> None:
     for p in parameters:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
-    parameters = [p for p in parameters if not isinstance(p, DTensor)]
+    parameters = [p for p in parameters if not is_shard(p)]
     if world > 1 and parameters:
         flat = torch.cat([p.grad.flatten() for p in parameters])
         dist.all_reduce(flat)
@@ -98,7 +95,7 @@ def average_gradients(parameters: list[nn.Parameter], world: int) -> None:
 
 
 def can_shard() -> bool:
-    """Whether this backend has the two messages that `fully_shard` needs; gloo has had them only since PyTorch 2.6 or so."""
+    """Whether there are several processes, and their backend has the two messages that `fully_shard` needs."""
     if not dist.is_initialized():
         return False
     world, device = dist.get_world_size(), device_name()
@@ -111,31 +108,37 @@ def can_shard() -> bool:
     return True
 
 
-def mesh(device: str):
-    """All processes in a row."""
-    return init_device_mesh(device, (dist.get_world_size(),))
-
-
 def shard(module: nn.Module, device: str) -> nn.Module:
     """Keep 1/N of every parameter here, rows first; forward gathers them. Frozen parameters too. Returns the module.
 
     Shard each block by itself, then the module around them: what is gathered at one time is then one block.
     """
+    # Imported here: it takes most of a second, which a process alone need not spend.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     # PyTorch 2.13 warns of its own old names, and of an output that may be a view; nothing here changes outputs in place.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
-    return fully_shard(module, mesh=mesh(device))
+    return fully_shard(module, mesh=init_device_mesh(device, (dist.get_world_size(),)))  # all processes in a row
+
+
+def is_shard(tensor: Tensor) -> bool:
+    """Whether only a part of it is here (a DTensor)."""
+    return hasattr(tensor, "full_tensor")
 
 
 def whole(tensor: Tensor) -> Tensor:
     """A tensor, or all shards of one put together on every process."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_shard(tensor) else tensor
 
 
 def like(value: Tensor, model: Tensor) -> Tensor:
     """The whole `value`, which every process has, cut like `model`: on its device, and sharded if it is."""
     value = value.to(model.device)
-    if isinstance(model, DTensor):
+    if is_shard(model):
+        from torch.distributed.tensor import distribute_tensor
+
         return distribute_tensor(value, model.device_mesh, model.placements, src_data_rank=None)
     return value
 

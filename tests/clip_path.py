@@ -100,7 +100,8 @@ def main() -> int:
     run(folder, "direct", ["train", "validation"], 0, args)
     run(folder, "files-seed-1", ["validation"], 1, args)
     logs = {name: plot.read_log(folder / name / "log.jsonl") for name in ("files", "direct", "files-seed-1")}
-    plot.curves(logs, folder / "curves.png")
+    validations = {name: [line for line in log if "val_fm" in line] for name, log in logs.items()}
+    plot.curves(validations, folder / "curves.png")
     steps = [line["step"] for line in logs["files"] if "val_fm" in line]
     print(f"{'step':>6s}" + "".join(f"{name + ' ' + term:>26s}" for term in ("val_fm", "val_face") for name in logs))
     for step in steps:

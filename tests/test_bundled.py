@@ -17,8 +17,8 @@ import world
 from checkpoint import open_file, read_metadata
 from face import load_facenet
 from model import TransformerConfig, VideoTransformer
-from run import seeded
 from pretrain import face_views
+from run import seeded
 from vae import VideoVAE
 
 ROOT = Path(__file__).resolve().parent.parent

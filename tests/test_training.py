@@ -170,7 +170,7 @@ def call(module, monkeypatch, *words):
 
 def test_every_stage_hands_on_what_the_next_one_reads(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     quick = ["--no-compile", "--batch", "4"]
     for name in ("LOOKS", "SHOWN"):
         monkeypatch.setattr(validate, name, 1)

@@ -50,7 +50,7 @@ from reference import append_reference, drop_reference, encode_reference, unpatc
 from rope import PLACEMENTS, grid_to_positions, reference_grid, source_phase, video_grid
 from run import Run, check_finite, command, seeded
 from vae import VideoVAE
-from validate import sample_clips, validate
+from validate import draw_curves, sample_clips, validate
 from workers import average_gradients, can_shard, device_name, settle_thread, shard, start_workers, sum_all, whole
 
 
@@ -347,6 +347,8 @@ def train(args: argparse.Namespace) -> None:
             run.report(step + 1, args.batch * args.accumulate)
             validate(run, shown, args.batch, held_out, look,
                      lambda clips: sample_clips(shown, clips, config, model, vae, args.placement, args.precision))
+        elif (step + 1) % 100 == 0:
+            draw_curves(run)
     ahead.shutdown(cancel_futures=True)
     path = save_result(args, run, model)
     if rank == 0:

@@ -48,14 +48,21 @@ def validate(run: Run, clips: WorldClips | RealClips, size: int, held_out: bool,
         if held_out:
             run.log(run.done + 1, **validation_loss(clips, size, compute))  # within the step, which is not counted yet
         rows = sample(list(clips.groups[0])[:SHOWN])
-    if run.rank != 0:
-        return
-    try:
-        save_sheet(run.folder / "sheet.png", rows, scale=2 if rows[0][0].shape[-1] < 256 else 1)
-        if (run.folder / "log.jsonl").exists():
+    if run.rank == 0:
+        try:
+            save_sheet(run.folder / "sheet.png", rows, scale=2 if rows[0][0].shape[-1] < 256 else 1)
+        except OSError as error:  # a picture that cannot be written is no reason to end a training
+            print(f"warning: {error}", file=sys.stderr)
+    draw_curves(run)
+
+
+def draw_curves(run: Run) -> None:
+    """log.jsonl -> curves.png, by rank 0. Only warns when it cannot be written."""
+    if run.rank == 0 and (run.folder / "log.jsonl").exists():
+        try:
             plot.curves({run.folder.name: plot.read_log(run.folder / "log.jsonl")}, run.folder / "curves.png")
-    except (OSError, ValueError) as error:  # a picture that cannot be written is no reason to end a training
-        print(f"warning: {error}", file=sys.stderr)
+        except (OSError, ValueError) as error:
+            print(f"warning: {error}", file=sys.stderr)
 
 
 def validation_loss(clips: WorldClips | RealClips, size: int, compute: Callable) -> dict[str, float]:

@@ -1,61 +1,81 @@
-"""Whether it works: identity, prompt and copying, scored on people that no training saw.
+"""Whether it works: clips of people whom no training saw, scored beside true clips and beside chance.
 
-For every test person: one reference picture in a random setting, and clips of that person for prompts whose setting is
-drawn anew. Scores, each printed beside the same score of true clips (the renderer's own video of that
-person doing that) and of true clips sent through the VAE (what a perfect transformer could reach):
+The idea. 0.86 of what? A score says something only beside others, so each score of scores.py (definitions, frames and
+networks: its header) is printed, with its 95 % interval over clips, for
 
-* `similarity`   mean cosine between the reference and five frames of the clip, by the judge network
-* `others`       the same against everybody else's reference: near 0 if similarity means anything
-* `look-alike`   share of clips nearer to their own reference than to a picture of the look-alike (same skin and hair)
-* `top-1`        share of clips whose own reference is the nearest among all test people's
-* `scene`, `light`, `shirt`   share of clips that show what the prompt says. Read off the pixels, not off a network: the
-                 border of the frame is compared with each scene under each light, the bottom middle with each shirt
-* `leak`         among clips whose prompt differs from the reference's setting in a factor: share that show the
-                 reference's instead. A copy-pasting model scores high here (paper: the failure TASS-RoPE is there to stop)
+* `true video`       the renderer's own video of that person doing that: what the score can reach
+* `through the VAE`  the same, encoded and decoded: what a perfect transformer could reach
+* `own reference`    what the checkpoint makes of the person's reference picture and the prompt
+* `swapped`          the next person's reference, same noise and prompt: the identity must follow the picture
+* `no reference`     same noise and prompt, no picture: the identity must be lost
+* `chance`           1 / number of choices; the first generated row scored against other people; permuted references
 
-The judge (weights/tiny/judge.safetensors) supervised nothing: other random people, other width, other crops, other seed
-than the recogniser of train.py. Rows `swapped` use the next person's reference with the same noise and prompt: the
-identity must follow. `no reference` drops it: similarity must fall to chance.
+Fréchet distances are to true clips of as many people of the split "train" with the same prompts: the row of true clips
+shows what the sample alone costs. Rows are scored from 8 bits; finished ones are kept under --folder, named by a hash
+of weights, settings and code, and a killed evaluation goes on.
 
-    python evaluate.py                                  the table of the README, and evaluate.png
-    python evaluate.py --people 16 --prompts 1          a quick look
+paper:        identity by ArcFace similarity (ST-DRC, arXiv 2606.02441); its own clips are not public.
+our reading:  all other scores, rows and levels of chance.
 
-Read next: the table in README.md.
+    python evaluate.py                                  the tables of the README, evaluate.json and evaluate.png
+    python evaluate.py --videos FOLDER --ref face.jpg --face arcface.safetensors        own videos, see score_folder
+
+Read next: ablate.py
 """
 
-from __future__ import annotations
-
 import argparse
+import hashlib
 import json
+import math
+import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
+import scores
 import world
+from cache import content_hash
 from checkpoint import load_weights, read_metadata
-from face import FaceNet, load_facenet
+from clips import Faces, faces_for_clip, load_faces
+from face import FaceNet, align, faces_of, load_facenet, usable_landmarks
+from frames import Bucket, Crop, decode, probe
+from guidance import ORDERS
 from model import TRANSFORMER_PREFIX, TransformerConfig, VideoTransformer, ltx_sigmas
 from reference import encode_reference
-from run import seeded, write_beside
+from run import command, load_state, save_state, seeded, write_beside
 from sample import denoise
 from text import TextEncoder
 from vae import VideoVAE, psnr
-from video import save_sheet
+from video import picks, save_sheet
 
 HERE = Path(__file__).parent
-JUDGED_FRAMES = [0, 2, 4, 6, 8]
+ROWS = ("own reference", "swapped", "no reference")
+CODE = ("evaluate", "guidance", "losses", "model", "reference", "rope", "sample", "text", "vae", "world")  # makes clips
+IDENTITY = ("similarity", "top1", "look_alike", "found", "min_frame", "drift", "frechet")
+LEAKS = ("leak_scene", "leak_light", "leak_shirt")
+PROMPT = ("action", "scene", "light", "shirt", *LEAKS, "pose", "position", "pixels", "flicker")
+SHARES = {"top1", "look_alike", "found", *PROMPT[:4], *LEAKS}  # printed in percent
+VIDEOS = {".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi"}
+OWN_SCORES = ("similarity", "min_frame", "drift", "found", "flicker")
+NOT_OFFLINE = ("Not computed, needs more than these files: whether a video follows its prompt (a captioner), whether boxes\n"
+               "are right (a detector), a Fréchet distance (a reference set of {0} frames of other people or more).")
 
 
-# ----------------------------------------------------------------------------------------------------------- the test set
 def test_set(people: int, prompts: int, size: int, frames: int, split: str = "test") -> dict:
-    """References and prompts of the first `people` persons of a split; a pure function of its arguments."""
+    """References and prompts of a split's first `people` (P) persons, n = P * prompts: all that scores.per_clip and leaks
+    read, captions, and the renderer's clips, true (n, 3, F, size, size). The same arguments give the same set."""
     g = seeded(2024)
     person = world.people(split, people)
     ref_setting = world.draw_settings(people, g)
-    references, _ = world.draw_references(person, ref_setting, g, size, share=1.0)
+    world.draw_settings(people, g), torch.rand(people, generator=g)  # unused; world.draw_references draws them as well
+    ref_pose = world.still_poses(people, g)
+    references = world.render(person, ref_setting, ref_pose[:, None], size)[0][:, :, 0]
     alike, _ = world.draw_references(world.look_alikes(person, g), world.draw_settings(people, g), g, size)
     who = torch.arange(people).repeat_interleave(prompts)
     setting, action = world.draw_settings(len(who), g), world.draw_actions(len(who), g)
@@ -65,71 +85,15 @@ def test_set(people: int, prompts: int, size: int, frames: int, split: str = "te
     video = torch.cat([world.render(person[w], s, p, size)[0] for w, s, p in
                        zip(who.split(16), setting.split(16), poses.split(16), strict=True)])
     return {"who": who, "references": references, "alike": alike, "setting": setting, "ref_setting": ref_setting[who],
-            "captions": captions, "true": video}
+            "action": action, "ref_pose": ref_pose[who], "captions": captions, "true": video}
 
 
-# ----------------------------------------------------------------------------------------------------------------- scores
-@torch.no_grad()
-def embed_clips(judge: FaceNet, video: Tensor) -> Tensor:
-    """Judge vectors of five frames of each clip: (n, 3, F, h, w) -> (n, 5, E)."""
-    frames = video[:, :, JUDGED_FRAMES].transpose(1, 2)                                   # (n, 5, 3, h, w)
-    return torch.stack([judge(v) for v in frames])
+def with_person(data: dict, shown: Tensor) -> dict:
+    """The same prompts, but with the references of the persons `shown` (n,)."""
+    first = torch.searchsorted(data["who"], shown)  # any clip of that person: they share one reference
+    return data | {"who": shown, "ref_setting": data["ref_setting"][first], "ref_pose": data["ref_pose"][first]}
 
 
-@torch.no_grad()
-def identity_scores(judge: FaceNet, video: Tensor, who: Tensor, references: Tensor, alike: Tensor) -> dict[str, float]:
-    """Similarity, others, look-alike and top-1; `who` (n,) is the person each clip should show."""
-    clips = embed_clips(judge, video)                                                     # (n, 5, E)
-    refs, other = judge(references), judge(alike)                                         # (people, E)
-    cosine = torch.einsum("nfe,pe->nfp", clips, refs).mean(1)                             # (n, people)
-    own = cosine.gather(1, who[:, None])[:, 0]
-    to_alike = torch.einsum("nfe,ne->nf", clips, other[who]).mean(1)
-    everyone_else = (cosine.sum(1) - own) / (cosine.shape[1] - 1)
-    return {"similarity": own.mean().item(), "others": everyone_else.mean().item(),
-            "look-alike": (own > to_alike).float().mean().item(),
-            "top-1": (cosine.argmax(1) == who).float().mean().item()}
-
-
-def lit_backgrounds(size: int) -> Tensor:
-    """Every empty scene under every light, (scenes, lights, 3, size, size) in [0, 1]."""
-    c = world.Canvas(len(world.SCENES), size, torch.device("cpu"))
-    world.paint_background(c, torch.arange(len(world.SCENES)))
-    lights = torch.tensor(list(world.LIGHTS.values()))
-    return (c.rgb[:, None] * lights[None, :, :, None, None]).clamp(0, 1)
-
-
-def read_setting(video: Tensor) -> Tensor:
-    """What the pixels show: (n, 3, F, h, w) in [-1, 1] -> (scene, light, shirt) indices (n, 3).
-
-    Scene and light: the nearest of all lit empty scenes on the left and right border of the frame, above the shoulders,
-    where hair and hands rarely are. Shirt: the bottom middle against each shirt under the light that was found.
-    """
-    n, _, F, size, _ = video.shape
-    rgb = (video.clamp(-1, 1) + 1) / 2
-    edge, high = size // 10, int(0.7 * size)
-    border = torch.zeros(size, size, dtype=torch.bool)
-    border[:high, :edge] = border[:high, -edge:] = True
-    templates = lit_backgrounds(size)[:, :, :, border]                                    # (scenes, lights, 3, pixels)
-    seen = rgb.median(dim=2).values[:, :, border]                                         # (n, 3, pixels), over time
-    distance = (seen[:, None, None] - templates[None]).abs().mean((3, 4))                 # (n, scenes, lights)
-    best = distance.flatten(1).argmin(1)
-    scene, light = best // len(world.LIGHTS), best % len(world.LIGHTS)
-    patch = rgb[:, :, :, -size // 16:, size // 2 - size // 10: size // 2 + size // 10].mean((2, 3, 4))     # (n, 3)
-    lights, shirts = (torch.tensor(list(t.values())) for t in (world.LIGHTS, world.SHIRTS))
-    lit = (lights[light][:, None] * shirts[None]).clamp(0, 1)                             # (n, shirts, 3)
-    return torch.stack([scene, light, (patch[:, None] - lit).abs().mean(2).argmin(1)], dim=1)
-
-
-def prompt_scores(video: Tensor, setting: Tensor, ref_setting: Tensor) -> dict[str, float]:
-    """Accuracy per factor of the prompt, and how often the reference's setting shows where the prompt says otherwise."""
-    shown = read_setting(video)
-    out = {name: (shown[:, i] == setting[:, i]).float().mean().item() for i, name in enumerate(("scene", "light",
-                                                                                              "shirt"))}
-    differs = setting != ref_setting                                                      # (n, 3)
-    return out | {"leak": ((shown == ref_setting) & differs).sum().item() / differs.sum().item()}
-
-
-# ------------------------------------------------------------------------------------------------------------- generation
 class Models:
     """Everything that a checkpoint and a Gemma folder hold, loaded at once (the tiny model is small)."""
 
@@ -151,8 +115,7 @@ def generate(m: Models, captions: list[str], references: Tensor, args: argparse.
     d = m.config["inference"]
     grid = ((d["num_frames"] - 1) // m.vae.time_scale + 1, d["height"] // m.vae.space_scale,
             d["width"] // m.vae.space_scale)
-    steps = args.num_inference_steps or d["steps"]
-    sigmas = ltx_sigmas(steps, d["schedule_tokens"])
+    sigmas = ltx_sigmas(args.num_inference_steps or d["steps"], d["schedule_tokens"])
     null = m.text.encode([""])
     out = []
     for start in tqdm(range(0, len(captions), 16), desc=name, unit="batch"):
@@ -168,70 +131,198 @@ def generate(m: Models, captions: list[str], references: Tensor, args: argparse.
     return torch.cat(out)
 
 
-def parse_arguments() -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--checkpoint-path", type=Path, default=HERE / "weights" / "tiny" / "model.safetensors")
-    p.add_argument("--gemma-root", type=Path, default=HERE / "weights" / "tiny" / "gemma")
-    p.add_argument("--judge", type=Path, default=HERE / "weights" / "tiny" / "judge.safetensors")
-    p.add_argument("--split", choices=["test", "val"], default="test", help="choose settings on val, report on test")
-    p.add_argument("--people", type=int, default=128)
-    p.add_argument("--prompts", type=int, default=2, help="prompts per person")
-    p.add_argument("--num-inference-steps", type=int, help="default: the checkpoint's")
-    p.add_argument("--text-scale", type=float, help="default: the checkpoint's")
-    p.add_argument("--ref-scale", type=float, help="default: the checkpoint's")
-    p.add_argument("--order", default="text_first")
-    p.add_argument("--rescale", type=float, help="default: the checkpoint's")
-    p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--rows", nargs="+", default=["own reference", "swapped", "no reference"])
-    p.add_argument("--output-path", type=Path, default=Path("evaluate.json"), help="also writes the .png beside it")
-    return p.parse_args()
+def settings_key(args: argparse.Namespace) -> str:
+    """Twelve hex digits of a hash over all that the clips depend on: weights, text folder, settings, code."""
+    files = [args.checkpoint_path, *sorted(p for p in args.gemma_root.iterdir() if p.is_file())]
+    files += [HERE / f"{name}.py" for name in CODE]
+    told = [args.split, args.people, args.prompts, args.num_inference_steps, args.text_scale, args.ref_scale,
+            args.order, args.rescale, args.dtype, args.seed, *(content_hash(path, {}) for path in files)]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]
 
 
-def print_table(rows: dict[str, dict[str, float]]) -> None:
-    """Markdown table: one row per kind of clip, one column per score."""
-    columns = list(next(iter(rows.values())))
-    print("| clips | " + " | ".join(columns) + " |\n|" + "---|" * (len(columns) + 1))
-    for name, scores in rows.items():
-        cells = [f"{scores[c]:.2f}" if c in ("similarity", "others") else f"{100 * scores[c]:.1f} %" for c in columns]
-        print(f"| {name} | " + " | ".join(cells) + " |")
+def kept(path: Path, make: Callable[[], Tensor]) -> tuple[Tensor, float]:
+    """Clips of a row, uint8 (n, 3, F, h, w), and the seconds they took; made and written only if not there yet."""
+    if not path.exists():
+        started = time.time()
+        video = world.to_uint8(make())
+        save_state(path, {"video": video}, {"seconds": round(time.time() - started, 1)})
+    try:
+        tensors, info = load_state(path)
+        return tensors["video"], info["seconds"]
+    except (SafetensorError, KeyError, TypeError) as error:
+        raise ValueError(f"expected the clips of a row in {path}, got {error}; delete that file") from None
 
 
-def main() -> None:
-    args = parse_arguments()
-    started = time.time()
-    m, judge = Models(args.checkpoint_path, args.gemma_root), load_facenet(args.judge)
+def score_row(video: Tensor, data: dict, judge: FaceNet, head: scores.HeadReader, real: Tensor) -> dict:
+    """Scores of clips (n, 3, F, h, w): name -> (mean, half width or None); real (m, E): judge vectors of true clips."""
+    each, leaks = scores.per_clip(video, data, judge, head), scores.leaks(video, data, head)
+    mean = {name: scores.summarise(values) for name, values in each.items()}
+    mean |= {name: (value, None) for name, (value, _) in leaks.items()}
+    mean["frechet"] = scores.frechet(scores.embed_clips(judge, video).flatten(0, 1), real), None
+    return {"scores": mean, "leaks_by_chance": {name: level for name, (_, level) in leaks.items()},
+            "per_clip": {name: values.tolist() for name, values in each.items()}}
+
+
+def chance_row(video: Tensor, data: dict, judge: FaceNet, head: scores.HeadReader, leaks: dict[str, float]) -> dict:
+    """What clips get that have nothing to do with their reference and prompt; leaks: the permuted level of each."""
+    people = len(data["references"])
+    other = scores.per_clip(video, with_person(data, (data["who"] + people // 2) % people), judge, head)
+    known = leaks | {"top1": 1 / people, "look_alike": 1 / 2, "action": 1 / len(world.ACTIONS),
+                     "scene": 1 / len(world.SCENES), "light": 1 / len(world.LIGHTS), "shirt": 1 / len(world.SHIRTS)}
+    mean = {name: scores.summarise(other[name]) for name in ("similarity", "min_frame", *LEAKS)}
+    return {"scores": mean | {name: (level, None) for name, level in known.items()}}
+
+
+def cell(name: str, mean: float | None, half: float | None = None) -> str:
+    """One number with the half width of its interval; a dash where there is none."""
+    if mean is None or math.isnan(mean):
+        return "–"
+    factor, digits, unit = (100, 1, " %") if name in SHARES else (1, 3, "")
+    spread = "" if half is None or math.isnan(half) else f" ± {factor * half:.{digits}f}"
+    return f"{factor * mean:.{digits}f}{spread}{unit}"
+
+
+def tables(rows: dict[str, dict], *groups: tuple[str, ...]) -> str:
+    """Markdown, a table for each group of scores; rows: name -> {"scores": {score: (mean, half width or None)}}."""
+    lines = []
+    for group in groups:
+        lines += ["", "| clips | " + " | ".join(group).replace("_", " ") + " |", "|---" * (len(group) + 1) + "|"]
+        lines += [f"| {name} | " + " | ".join(cell(c, *row["scores"].get(c, (None,))) for c in group) + " |"
+                  for name, row in rows.items()]
+    return "\n".join(lines[1:])
+
+
+def write_json(path: Path, record: dict) -> None:
+    """NaN, which is no JSON, becomes null."""
+    standard = json.loads(json.dumps(record), parse_constant=lambda word: None)
+    write_beside(path, lambda p: p.write_text(json.dumps(standard) + "\n"))
+
+
+def score_world(args: argparse.Namespace) -> None:
+    """Make or take up the clips of every row, score them, print the tables, write JSON and contact sheet."""
+    started, output = time.time(), args.output_path or Path("evaluate.json")
+    if args.people < 2 or args.prompts < 1:
+        raise ValueError(f"expected 2 people, 1 prompt or more, got {args.people} and {args.prompts}; ask for more")
+    m = Models(args.checkpoint_path, args.gemma_root)
+    d, judge, head = m.config["inference"], load_facenet(args.judge), scores.load_head(args.head)
     for name in ("text_scale", "ref_scale", "rescale"):
-        if getattr(args, name) is None:
-            setattr(args, name, m.config["inference"][name])
-    data = test_set(args.people, args.prompts, m.config["inference"]["height"], m.config["inference"]["num_frames"],
-                    args.split)
-    who = data["who"]
-    with torch.no_grad():
-        through = torch.cat([m.vae.decode(m.vae.encode(v)).clamp(-1, 1) for v in data["true"].split(16)])
-    clips = {"true video": data["true"], "true video through the VAE": through}
-    shown_person = dict.fromkeys(clips, who)
+        setattr(args, name, d[name] if getattr(args, name) is None else getattr(args, name))
+    data, train = (test_set(args.people, args.prompts, d["height"], d["num_frames"], s) for s in (args.split, "train"))
+    folder, who, true = args.folder / settings_key(args), data["who"], world.to_uint8(data["true"])
+    side = {"true video": data, "through the VAE": data}
+    make = {"through the VAE": lambda: torch.cat([m.vae.decode(m.vae.encode(v)) for v in data["true"].split(16)])}
     for name in args.rows:
-        shown_person[name] = (who + 1) % args.people if name == "swapped" else who
-        clips[name] = generate(m, data["captions"], data["references"][shown_person[name]], args, name)
-    rows = {name: identity_scores(judge, video, shown_person[name], data["references"], data["alike"])
-            | prompt_scores(video, data["setting"], data["ref_setting"]) for name, video in clips.items()}
-    dB = psnr(through, data["true"]).mean().item()
-    print(f"VAE on {len(who)} unseen clips: {dB:.2f} dB; {args.people} test people x {args.prompts} prompts, text scale "
-          f"{args.text_scale}, reference scale {args.ref_scale}, {args.order}, seed {args.seed}")
-    print_table(rows)
-    own = args.rows[0]
-    sheet = []
-    for i in range(0, min(16, args.people) * args.prompts, args.prompts):
-        sheet.append([data["references"][who[i]], *clips[own][i].transpose(0, 1)[[0, 4, 8]]])
-    half = (len(sheet) + 1) // 2
-    save_sheet(args.output_path.with_suffix(".png"), [a + b for a, b in zip(sheet[:half], sheet[half:], strict=True)], 2)
+        side[name] = with_person(data, (who + 1) % args.people) if name == "swapped" else data
+        make[name] = partial(generate, m, data["captions"], data["references"][side[name]["who"]], args, name)
+    clips = {"true video": (true, 0.0)}
+    with torch.no_grad():
+        clips |= {name: kept(folder / f"{name.replace(' ', '_')}.safetensors", work) for name, work in make.items()}
+        real = scores.embed_clips(judge, train["true"]).flatten(0, 1)                     # (n * 5, E)
+    rows, own = {}, args.rows[0]
+    for name, (video, seconds) in tqdm(clips.items(), desc="scoring", unit="row"):
+        rows[name] = score_row(video / 127.5 - 1, side[name], judge, head, real) | {"seconds": seconds}
+    made = clips[own][0] / 127.5 - 1
+    rows["chance"] = chance_row(made, side[own], judge, head, rows[own]["leaks_by_chance"])
+    dB = psnr(clips["through the VAE"][0] / 127.5 - 1, true / 127.5 - 1).mean().item()
     record = {"rows": rows, "vae_psnr": dB, "seconds": round(time.time() - started, 1),
               "arguments": {k: str(v) for k, v in vars(args).items()}}
-    write_beside(args.output_path, lambda p: p.write_text(json.dumps(record, indent=1)))
-    print(f"{time.time() - started:.0f} s; wrote {args.output_path} and {args.output_path.with_suffix('.png')}")
+    people = [[picture, *clip[:, picks(clip.shape[1])[::2]].transpose(0, 1)] for picture, clip in
+              zip(data["references"][side[own]["who"]], made, strict=True)][::args.prompts][:32]
+    across = min(4, len(people))  # people in a row of the sheet; what fills no row is left out
+    starts = range(0, len(people) - across + 1, across)
+    save_sheet(output.with_suffix(".png"), [sum(people[i:i + across], []) for i in starts])
+    write_json(output, record)
+    print(f"VAE {dB:.2f} dB on {len(who)} unseen clips; {args.people} people of {args.split} x {args.prompts} prompts, "
+          f"text scale {args.text_scale}, reference scale {args.ref_scale}, {args.order}, seed {args.seed}\n\n"
+          f"{tables(rows, IDENTITY, PROMPT)}\n\n{record['seconds']:.0f} s; clips in {folder}; wrote {output} and .png")
+
+
+@torch.no_grad()
+def read_own(path: Path, faces: Faces, net: FaceNet) -> tuple[Tensor, float]:
+    """A video or picture -> the vectors of its F frames' faces, cut out by box [0] and by landmarks [1], (2, F, E), NaN
+    where that cannot be done, and its flicker in 0..1 brightness. Raises Unusable as frames.decode does, ValueError."""
+    found = probe(path)
+    F, h, w = len(found.times), found.height, found.width
+    if abs(math.log(faces.size[0] / faces.size[1] * w / h)) > 0.02:
+        raise ValueError(f"expected faces of a picture shaped {h}x{w} (height x width) for {path}, got {faces.size[0]}x"
+                         f"{faces.size[1]}; detect on upright frames of that file")
+    boxes, marks, seen = faces_for_clip(faces, Bucket(h, w, F), Crop(h, w, 0, 0), found.times)
+    vectors, changes, before = torch.full((2, F, net.fc.out_features), math.nan), [], None
+    side, high = max(1, w // 10), int(0.7 * h)
+    for k, frame in enumerate(tqdm(decode(path), desc=path.name, total=F, unit="frame", leave=False)):
+        picture = frame.resized(Crop(h, w, 0, 0), Bucket(h, w, F)) / 127.5 - 1            # (3, h, w)
+        if seen[k]:
+            vectors[0, k] = net(faces_of(picture[None], boxes[k:k + 1], None, net.size))[0]
+        if seen[k] and marks is not None and usable_landmarks(marks[k:k + 1]).all():
+            vectors[1, k] = net(align(picture[None], marks[k:k + 1], net.size))[0]
+        edge = torch.cat([picture[:, :high, :side], picture[:, :high, -side:]], dim=2)    # as scores.border
+        changes += [] if before is None else [(edge - before).abs().mean().item() / 2]
+        before = edge
+    return vectors, sum(changes) / len(changes) if changes else math.nan
+
+
+def score_folder(args: argparse.Namespace) -> None:
+    """Own videos: similarity to one picture (all frames: mean, minimum, first half minus second), share of frames with
+    a face, flicker at the border (says something only where the camera stands still). A frame without a face counts 0.
+
+    Faces files as clips.load_faces reads them, <name>.json for each video and, with one frame, for the picture. A face
+    is compared with the reference cut out in the same way: a cosine across the two ways is too low.
+    """
+    if args.ref is None or args.face is None:
+        raise ValueError("expected --ref and --face beside --videos, got not both; give a picture and ArcFace weights")
+    videos = sorted(p for p in args.videos.iterdir() if p.suffix.lower() in VIDEOS)
+    files = [(args.faces_folder or p.parent) / f"{p.stem}.json" for p in (args.ref, *videos)]
+    if not videos or len(set(files)) < len(files):
+        raise ValueError(f"expected videos ({' '.join(sorted(VIDEOS))}) in {args.videos} and one faces file for each and "
+                         f"for the picture, got {len(videos)} videos, {len(set(files))} names; rename what shares one")
+    net, (face, *others) = load_facenet(args.face), [load_faces(file) for file in files]  # all, before the long work
+    reference = read_own(args.ref, face, net)[0][:, 0]                                    # (2, E)
+    if reference[0].isnan().any():
+        raise ValueError(f"expected a face in {args.ref}, got none at time 0 in {files[0]}; take another picture")
+    rows = {}
+    for path, faces in tqdm(list(zip(videos, others, strict=True)), desc="videos", unit="video"):
+        vectors, flicker = read_own(path, faces, net)
+        box, marks = torch.einsum("wfe,we->wf", vectors, reference)                       # (F,) each
+        cosine = torch.where(marks.isnan(), box, marks).nan_to_num(0)
+        half = (len(cosine) + 1) // 2
+        found, drift = (~box.isnan()).float().mean(), cosine[:half].mean() - cosine[-half:].mean()
+        values = (cosine.mean().item(), cosine.min().item(), drift.item(), found.item(), flicker)
+        rows[path.name] = {"scores": {name: (value, None) for name, value in zip(OWN_SCORES, values, strict=True)}}
+    rows["mean"] = {"scores": {name: scores.summarise(torch.tensor([row["scores"][name][0] for row in rows.values()]))
+                               for name in OWN_SCORES}}
+    output, told = args.output_path or Path("evaluate_videos.json"), NOT_OFFLINE.format(reference.shape[1])
+    write_json(output, {"rows": rows, "not_computed": told, "arguments": {k: str(v) for k, v in vars(args).items()}})
+    print(f"{tables(rows, OWN_SCORES)}\nwrote {output}\n{told}")
+
+
+def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for flag, name in (("--checkpoint-path", "model.safetensors"), ("--gemma-root", "gemma"),
+                       ("--judge", "judge.safetensors"), ("--head", "head.safetensors")):
+        p.add_argument(flag, type=Path, default=HERE / "weights" / "tiny" / name)
+    p.add_argument("--split", choices=["test", "val"], default="test", help="choose settings on val, report on test")
+    p.add_argument("--people", type=int, default=256)
+    p.add_argument("--prompts", type=int, default=1, help="per person")
+    p.add_argument("--num-inference-steps", type=int, help="default: the checkpoint's")
+    for flag in ("--text-scale", "--ref-scale", "--rescale"):
+        p.add_argument(flag, type=float, help="default: the checkpoint's")
+    p.add_argument("--order", choices=ORDERS, default=ORDERS[0])
+    p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    p.add_argument("--folder", type=Path, default=Path("runs") / "evaluate", help="keeps finished rows of clips")
+    p.add_argument("--output-path", type=Path, help="default: evaluate.json (and .png), evaluate_videos.json")
+    p.add_argument("--videos", type=Path, metavar="FOLDER", help="score own videos instead")
+    p.add_argument("--ref", type=Path, help="own videos: picture of the person")
+    p.add_argument("--face", type=Path, help="own videos: ArcFace weights (safetensors, see face.py)")
+    p.add_argument("--faces-folder", type=Path, help="own videos: the faces files; default: beside video and picture")
+    return p.parse_args(words)
+
+
+def main() -> int:
+    args = parse_arguments()
+    return command("evaluate.py", lambda: score_folder(args) if args.videos else score_world(args))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -10,6 +10,7 @@ model of the same architecture, in the same file format, for the paper's recipe 
     python pretrain.py face        the recogniser that supervises identity (random people, new ones in every step)
     python pretrain.py judge       a second one, other random people, width and seed: it only ever evaluates
     python pretrain.py export      everything -> weights/tiny
+    python pretrain.py head        reads where the head is and whether there is one, for scores.py (uses the bundled VAE)
 
 Every stage resumes: run the same command again, on CPU or CUDA. `--minutes` bounds one command, the state in runs/
 carries on. `torchrun --nproc_per_node=2 pretrain.py vae` uses two worker processes.
@@ -35,7 +36,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import world
-from checkpoint import load_weights, save_checkpoint
+from checkpoint import load_weights, read_metadata, save_checkpoint
 from dataset import (
     CLIPS,
     DATA,
@@ -58,6 +59,7 @@ from reference import patchify
 from rope import grid_to_positions, video_grid
 from run import Run, command, seeded, write_beside
 from sample import denoise
+from scores import POSE_SPREAD, HeadReader, read_action, read_heads
 from text import (
     CONNECTOR_PREFIX,
     EXTRACTOR_PREFIX,
@@ -473,6 +475,112 @@ def check_recogniser(net: FaceNet, judge: bool, device: str) -> tuple[float, flo
     return round(top1.item(), 3), round(((a * b).sum(1) > (a * other).sum(1)).float().mean().item(), 3)
 
 
+# ----------------------------------------------------------------------------------------------------- stage: head reader
+def widened_poses(count: int, generator: torch.Generator) -> Tensor:
+    """Poses at random moments of random actions, shaken a little and with any mouth in a third of the cases: (B, 6).
+
+    Generated heads combine what the world never does at once, so the columns must not predict each other.
+    """
+    g, device = generator, generator.device
+    poses = world.action_poses(world.draw_actions(count, g), FRAMES, g)                   # (B, F, 6)
+    pose = poses[torch.arange(count, device=device), torch.randint(FRAMES, (count,), generator=g, device=device)]
+    shake = torch.tensor([0.08, 0.04, 0.06, 0.20, 0.20, 0.0], device=device)
+    pose = pose + shake * (torch.rand(count, 6, generator=g, device=device) * 2 - 1)
+    u = torch.rand(2, count, generator=g, device=device)
+    pose[:, 5] = torch.where(u[0] < 1 / 3, u[1], pose[:, 5])
+    return pose
+
+
+def without_head(pictures: Tensor, boxes: Tensor, setting: Tensor, generator: torch.Generator) -> Tensor:
+    """Pictures (B, 3, h, w) that show no face any more, in turn: the empty scene; the head (box (B, 4), hair included)
+    painted over by the scene, by noise, by a smear of itself; noise that hides nearly everything."""
+    c = world.Canvas(len(pictures), SIZE, pictures.device)
+    world.paint_background(c, setting[:, 0])
+    empty = (c.rgb * world.pick_color_index(world.LIGHTS, setting[:, 1])[:, :, None, None]).clamp(0, 1) * 2 - 1
+    x0, y0, x1, y1 = boxes.unbind(1)
+    w, h = (x1 - x0) * 0.3, (y1 - y0) * 0.3
+    head = box_mask(torch.stack([x0 - w, y0 - h, x1 + w, y1], 1)[:, None], SIZE)[:, :, 0]              # (B, 1, h, w)
+    noise = torch.randn(pictures.shape, generator=generator, device=pictures.device) * 0.6
+    smear = nnf.avg_pool2d(nnf.pad(pictures, (12, 12, 12, 12), mode="replicate"), 25, 1)
+    weight = 0.85 + 0.15 * torch.rand(len(pictures), 1, 1, 1, generator=generator, device=pictures.device)
+    kinds = torch.stack([empty, torch.lerp(pictures, empty, head), torch.lerp(pictures, noise, head),
+                         torch.lerp(pictures, smear, head), torch.lerp(pictures, noise, weight)])
+    place = torch.arange(len(pictures), device=pictures.device)
+    return kinds[place % len(kinds), place].clamp(-1, 1)
+
+
+def head_views(person: Tensor, vae: VideoVAE, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Pictures (B, 3, h, w) as soft as generated ones, poses (B, 6), presence (B,): every fourth shows no face.
+
+    Every second picture went through the VAE as a clip of one frame, all through `degrade`.
+    """
+    B = len(person)
+    pose, setting = widened_poses(B, generator), world.draw_settings(B, generator)
+    video, boxes, _ = world.render(person, setting, pose[:, None], SIZE)
+    pictures, present = video[:, :, 0], torch.arange(B, device=person.device) % 4 != 3
+    gone = ~present
+    pictures[gone] = without_head(pictures[gone], boxes[gone, 0], setting[gone], generator)
+    coded = torch.arange(B, device=person.device) % 8 < 4
+    with torch.no_grad(), torch.autocast(person.device.type, torch.bfloat16):
+        pictures[coded] = vae.decode(vae.encode(pictures[coded][:, :, None]))[:, :, 0].float()
+    return degrade(pictures, generator), pose, present
+
+
+def head_loss(net: HeadReader, pictures: Tensor, pose: Tensor, present: Tensor) -> Tensor:
+    """Presence: cross-entropy. Pose: squared error in units of each number's spread, where there is a head."""
+    out = net(pictures)                                                                   # (B, 7)
+    error = ((out[:, 1:] - pose) / out.new_tensor(POSE_SPREAD)).square().mean(1)
+    return nnf.binary_cross_entropy_with_logits(out[:, 0], present.float()) + (error * present).sum() / present.sum()
+
+
+def head_stage(args: argparse.Namespace, device: str) -> None:
+    """Train the head reader of scores.py on people drawn anew in every step -> weights/tiny/head.safetensors."""
+    torch.manual_seed(args.seed + 2000)
+    vae = load_weights(VideoVAE(read_metadata(WEIGHTS / "model.safetensors")["config"]["vae"]),
+                       WEIGHTS / "model.safetensors", "vae.", torch.float32, device).eval().requires_grad_(False)
+    net = HeadReader().to(device)
+    named = dict(net.named_parameters())
+    optimizer = MuonAdamW(*split_parameters(named, ("convs.0", "out")), lr_matrix=3e-3, lr_other=2e-3)
+    run = Run(RUNS / "head", named | {k: v for k, v in net.named_buffers() if v.is_floating_point()}, optimizer,
+              Average({}))
+    loss_fn = torch.compile(head_loss) if args.compile else head_loss
+    for step in run.steps(args.steps, args.minutes, args.batch, "head"):
+        g = seeded(args.seed, step, 5, device=device)
+        person = torch.rand(args.batch, len(world.TRAITS), generator=g, device=device)
+        loss = loss_fn(net, *head_views(person, vae, g))
+        loss.backward()
+        nn.utils.clip_grad_norm_(optimizer.parameters(), 1.0)
+        optimizer.step(schedule(step, args.steps))
+        net.zero_grad(set_to_none=True)
+        run.record(loss=loss.item())
+    tensors = {k: v.float().contiguous() for k, v in net.state_dict().items() if v.is_floating_point()}
+    write_beside(WEIGHTS / "head.safetensors", lambda p: save_file(tensors, p))
+    for name, value in check_head(net, vae, device).items():
+        print(f"head, {name}: {value}")
+
+
+@torch.no_grad()
+def check_head(net: HeadReader, vae: VideoVAE, device: str) -> dict[str, float]:
+    """On unseen people: mean error of each pose number, presence, and read_action on true clips and through the VAE."""
+    net.eval()
+    g = seeded(9, device=device)
+    pictures, pose, present = head_views(world.people("val", 256).to(device), vae, g)
+    out = net(pictures)
+    error = (out[present, 1:] - pose[present]).abs().mean(0)
+    report = {f"mean error of {name}": e for name, e in zip(("x", "y", "scale", "yaw", "pitch", "mouth"), error.tolist(),
+                                                           strict=True)}
+    report["presence accuracy"] = ((out[:, 0] > 0) == present).float().mean().item()
+    actions = torch.arange(256, device=device) % len(world.ACTIONS)
+    video, _, _ = world.render(world.people("val", 256).to(device), world.draw_settings(256, g),
+                               world.action_poses(actions, FRAMES, g), SIZE)
+    coded = torch.cat([vae.decode(vae.encode(v)).clamp(-1, 1) for v in video.split(16)])
+    for name, clips in (("true clips", video), ("true clips through the VAE", coded)):
+        found, poses = read_heads(net, clips)
+        report[f"faces found in {name}"] = found.float().mean().item()
+        report[f"actions read in {name}"] = (read_action(poses) == actions).float().mean().item()
+    return {name: round(value, 4) for name, value in report.items()}
+
+
 # --------------------------------------------------------------------------------------------------------- stage: export
 def export_stage(args: argparse.Namespace, device: str) -> None:
     """runs/ -> weights/tiny: the checkpoint that train.py wrote, the Gemma folder and the two recognisers."""
@@ -504,15 +612,16 @@ def export_stage(args: argparse.Namespace, device: str) -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("stage", choices=["render", "vae", "encode", "base", "face", "judge", "export"])
-    parser.add_argument("--steps", type=int, help="default: vae 3800, base 1000, face 600, judge 450")
-    parser.add_argument("--batch", type=int, help="per worker; default: vae and base 8, face and judge 64")
+    parser.add_argument("stage", choices=["render", "vae", "encode", "base", "face", "judge", "export", "head"])
+    parser.add_argument("--steps", type=int, help="default: vae 3800, base 1000, face 600, judge 450, head 1600")
+    parser.add_argument("--batch", type=int, help="per worker; default: vae and base 8, others 64")
     parser.add_argument("--minutes", type=float, default=1e9, help="stop (and save) after this time; run again to go on")
     parser.add_argument("--clips", type=int, default=CLIPS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()
-    defaults = {"vae": (3800, 8), "base": (1000, 8), "face": (600, 64), "judge": (450, 64)}.get(args.stage, (0, 0))
+    defaults = {"vae": (3800, 8), "base": (1000, 8), "face": (600, 64), "judge": (450, 64), "head": (1600, 64)}
+    defaults = defaults.get(args.stage, (0, 0))
     args.steps = defaults[0] if args.steps is None else args.steps
     args.batch = defaults[1] if args.batch is None else args.batch
     return args
@@ -528,7 +637,8 @@ def pretrain(args: argparse.Namespace) -> None:
     elif args.stage in ("face", "judge"):
         recogniser_stage(args, device, judge=args.stage == "judge")
     else:
-        {"vae": vae_stage, "encode": encode_stage, "base": base_stage, "export": export_stage}[args.stage](args, device)
+        {"vae": vae_stage, "encode": encode_stage, "base": base_stage, "head": head_stage,
+         "export": export_stage}[args.stage](args, device)
 
 
 def main() -> int:

@@ -4,14 +4,14 @@ The failure this prevents: believing a part because the whole works. All variant
 clips, noise levels and noise (train.py draws them from seed, step and place), and are scored on the same people,
 prompts and noise. Half of the references show the clip's own setting (world.py), so copying is tempting.
 
-paper: placement, augmentation, the two face losses, reference dropout, three streams (ST-DRC, arXiv 2606.02441).
-our reading: the default recipe, the variants, the scales.
+paper: placement, augmentation, face-guided losses, three streams are its parts (ST-DRC, arXiv 2606.02441).
+our reading: what exactly each part is, reference dropout, the default recipe, the variants, the scales.
 
 Conventions. Every result is one JSON file, FOLDER/<variant>/seed-<s>.json, beside the folder of its training. A stopped
 `run` goes on: finished results stay, begun trainings have their states. Scores are those of scores.py; `prompt` is the
 mean of action, scene, light and shirt. Guidance scale 1 = off, 0 = condition removed.
 
-    python ablate.py run --jobs 2                                    33 trainings, one thread each, and 63 scorings
+    python ablate.py run --jobs 2                                    33 trainings, one thread each, and 61 scorings
     python ablate.py run --only placement --seeds 0 --steps 200      a part of it
     python ablate.py table                                           FOLDER/table.md and FOLDER/grid.png
 
@@ -144,7 +144,7 @@ class Children:
         self.lock, self.alive, self.stopped = threading.Lock(), set(), False
 
     def run(self, line: list[str], log: Path) -> int:
-        """One command, its output added to `log`; its exit status. In a session of its own: Ctrl-C is for us."""
+        """One command, its output added to `log`; its exit status. In a process group of its own: Ctrl-C is for us."""
         with open(log, "ab") as file:
             with self.lock:  # no child is begun behind `stop`'s back
                 if self.stopped:

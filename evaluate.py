@@ -14,8 +14,8 @@ Fréchet distances are to true clips of as many people of the split "train" with
 shows what the sample alone costs. Rows are scored from 8 bits; finished ones are kept under --folder, named by a hash
 of weights, settings and code, and a killed evaluation goes on.
 
-paper:        identity by ArcFace similarity (ST-DRC, arXiv 2606.02441); its own clips are not public.
-our reading:  all other scores, rows and levels of chance.
+paper:        no score and no number of it is known to us (ST-DRC, arXiv 2606.02441).
+our reading:  all scores, rows and levels of chance.
 
     python evaluate.py                                  the tables of the README, evaluate.json and evaluate.png
     python evaluate.py --videos FOLDER --ref face.jpg --face arcface.safetensors        own videos, see score_folder
@@ -48,6 +48,7 @@ from frames import Bucket, Crop, decode, probe
 from guidance import ORDERS
 from model import TRANSFORMER_PREFIX, TransformerConfig, VideoTransformer, ltx_sigmas
 from reference import encode_reference
+from results import COLUMNS, LEAKS, SHARES
 from run import command, load_state, save_state, seeded, write_beside
 from sample import denoise
 from text import TextEncoder
@@ -57,10 +58,7 @@ from video import picks, save_sheet
 HERE = Path(__file__).parent
 ROWS = ("own reference", "swapped", "no reference")
 CODE = ("evaluate", "guidance", "losses", "model", "reference", "rope", "sample", "text", "vae", "world")  # makes clips
-IDENTITY = ("similarity", "top1", "look_alike", "found", "min_frame", "drift", "frechet")
-LEAKS = ("leak_scene", "leak_light", "leak_shirt")
-PROMPT = ("action", "scene", "light", "shirt", *LEAKS, "pose", "position", "pixels", "flicker")
-SHARES = {"top1", "look_alike", "found", *PROMPT[:4], *LEAKS}  # printed in percent
+IDENTITY, PROMPT = COLUMNS
 VIDEOS = {".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi"}
 OWN_SCORES = ("similarity", "min_frame", "drift", "found", "flicker")
 NOT_OFFLINE = ("Not computed, needs more than these files: whether a video follows its prompt (a captioner), whether boxes\n"

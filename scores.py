@@ -2,7 +2,7 @@
 
 One cosine flatters: a recogniser calls a blur similar, and a model that pastes the reference scores best of all. So
 each part of the promise has its own score, each can be computed for true clips, and each fails in its own way.
-(ST-DRC, arXiv 2606.02441, reports identity, prompt and copying; its networks are not public, so these are our reading.)
+our reading: all of them; no score of ST-DRC (arXiv 2606.02441) is known to us, only what it wants: the person, no copying.
 
 Frames: "five" = 0 2 4 6 8 of nine. J = judge network (weights/tiny/judge.safetensors: other people, width and seed
 than the recogniser that supervised training), on whole frames. H = `HeadReader` (weights/tiny/head.safetensors).

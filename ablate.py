@@ -11,7 +11,7 @@ Conventions. Every result is one JSON file, FOLDER/<variant>/seed-<s>.json, besi
 `run` goes on: finished results stay, begun trainings have their states. Scores are those of scores.py; `prompt` is the
 mean of action, scene, light and shirt. Guidance scale 1 = off, 0 = condition removed.
 
-    python ablate.py run --jobs 2                                    33 trainings, one thread each, and 61 scorings
+    python ablate.py run --jobs 2                                    36 trainings, one thread each, and 64 scorings
     python ablate.py run --only placement --seeds 0 --steps 200      a part of it
     python ablate.py table                                           FOLDER/table.md and FOLDER/grid.png
 
@@ -53,6 +53,7 @@ PLAIN = {"augment_color": 0.0, "augment_pose": 0.0, "augment_layout": 0.0}
 TRAINED = {  # part -> variant -> what differs from DEFAULT
     "default": {"default": {}},
     "placement": {name: {"placement": name} for name in ("overlap", "time_only", "space_only")},
+    "both": {"overlap_no_augment": {"placement": "overlap"} | PLAIN},  # does either part stop copying without the other?
     "augment": {"no_augment": PLAIN, "color_only": PLAIN | {"augment_color": 0.3},
                 "pose_only": PLAIN | {"augment_pose": 0.5}, "layout_only": PLAIN | {"augment_layout": 0.5}},
     "face_loss": {"no_face_loss": {"w_face": 0.0}},
@@ -224,7 +225,7 @@ def score_run(task: Task, args: argparse.Namespace) -> tuple[dict[str, Tensor], 
     data = test_set(args.people, 1, m.config["inference"]["height"], m.config["inference"]["num_frames"], "val")
     text_scale, ref_scale, order = task.scales
     how = argparse.Namespace(num_inference_steps=args.num_inference_steps, text_scale=text_scale, ref_scale=ref_scale,
-                             order=order, rescale=0.0, dtype="float32", seed=0)
+                             order=order, rescale=0.0, guide_range=(0.0, 1.0), guide_every=1, dtype="float32", seed=0)
     video = generate(m, data["captions"], data["references"][data["who"]], how, task.variant)
     judge, head = load_facenet(args.judge), scores.load_head(args.head)
     clips = scores.per_clip(video, data, judge, head)

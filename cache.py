@@ -36,7 +36,6 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -45,10 +44,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import load_weights, open_file, read_metadata
+from checkpoint import load_weights, open_file, parse_json, read_metadata, read_text, shapes_from
 from clips import Report, Row, add_manifest_arguments, check_arguments, check_row, read_manifest, sort_rows
 from frames import FORMAT, IMAGES, Bucket, Probe, Unusable, load_clip, probe
 from memory import OFFLOADS
+from run import Parser, stoppable
 
 ABANDONED = 3600  # our reading: seconds; what nobody has written to for so long belongs to a process that was killed
 
@@ -138,7 +138,7 @@ def _read_known(folder, what):
     known = {}
     for path in sorted(folder.glob(f"{what}-*.json")):
         try:
-            known |= json.loads(path.read_text(encoding="utf-8"))
+            known |= parse_json(read_text(path))
         except (OSError, ValueError, TypeError):
             pass
     return known
@@ -184,8 +184,11 @@ def _sweep(folder):
             pass  # another process was faster
 
 
-def _save(path, key, tensor):
+def _save(path, key, tensor, what, source):
     tensor = tensor.detach().cpu().contiguous()
+    if not tensor.isfinite().all():
+        raise ValueError(f"expected finite numbers in the {what}, got NaN or infinity; the weights of the {source} are "
+                         "damaged, download them again")
     metadata = {"key": key, "sha256": hashlib.sha256(_bytes(tensor)).hexdigest()}
     _write_beside(path, safetensors.torch.save({"x": tensor}, metadata))
 
@@ -278,7 +281,8 @@ def cache_latents(rows: Sequence[Row], vae: nn.Module, encode: Callable[[Tensor]
     def make(row):
         path, key = _latent_path(row, folder, weights, known)
         if not _is_whole(path, key):
-            _save(path, key, encode(_read_clip(row, known)[None])[0])
+            latent = encode(_read_clip(row, known)[None])[0]
+            _save(path, key, latent, f"latent of row {row.number} ({row.video.name})", "VAE")
 
     _share(rows[rank::world], make, wait, "latents", "clip", rank, lambda: _write_known(folder, "hashes", rank, known))
     known |= _read_known(folder, "hashes")  # what the others found
@@ -351,7 +355,7 @@ def cache_contexts(captions: Sequence[str], encode: Callable[[list[str]], Tensor
 
     def make(caption):
         if not _is_whole(paths[caption], paths[caption].stem):
-            _save(paths[caption], paths[caption].stem, encode([caption])[0])
+            _save(paths[caption], paths[caption].stem, encode([caption])[0], f"context of {caption!r:.60}", "text model")
 
     _share(captions[rank::world], make, wait, "captions", "caption", rank)
     _all_there(list(paths.values()), world)
@@ -389,23 +393,9 @@ def load_vae(checkpoint: str | Path, device: str | torch.device = "cpu") -> nn.M
     config = read_metadata(checkpoint)["config"]
     if "vae" not in config:
         raise ValueError(f"expected 'vae' in the config of {checkpoint}, got none; use the full checkpoint")
-    with torch.device("meta"):
+    with shapes_from(checkpoint):
         vae = VideoVAE(config["vae"])
     return load_weights(vae, checkpoint, "vae.", torch.float32, device).eval().requires_grad_(False)
-
-
-@contextmanager
-def _signals():
-    """Inside, Ctrl-C and SIGTERM raise KeyboardInterrupt(their number), wherever the program was started from."""
-    def stop(number, frame):
-        raise KeyboardInterrupt(number)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _counting(encode, count):
@@ -439,10 +429,10 @@ def _check_device(name):
         raise ValueError(f"expected a device of this machine, got {name} ({told}); use --device cpu") from None
 
 
-def main() -> int:
+def main(words: list[str] | None = None) -> int:
     """Exit status: 0 every row is cached, 1 some are not, 2 an argument or the disk is no good, 130 or 143 stopped."""
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser("cache.py", description=__doc__.split("\n")[0],
+               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_manifest_arguments(p)
     p.add_argument("--checkpoint-path", dest="checkpoint", type=Path, required=True, default=argparse.SUPPRESS,
                    help="an LTX-2.3 checkpoint: VAE and text connector")
@@ -451,17 +441,19 @@ def main() -> int:
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                    help="where VAE (float32) and text encoder (bf16 on a GPU, float32 on a CPU) run")
     p.add_argument("--offload-text", choices=OFFLOADS, default="none", help="where Gemma's layers wait, as in sample.py")
-    args = p.parse_args()
+    args = p.parse_args(words)
     from text import check_text
 
     try:
-        with _signals():
+        with stoppable():
             _check_device(args.device)
             check_text(args.checkpoint, args.gemma_root)  # from headers alone: better now than after the latents
             report = _make_latents(args)  # the VAE is freed before Gemma is loaded
             _make_contexts(args, ["", *(row.caption for row in report.used)])
-    except (ValueError, torch.OutOfMemoryError) as error:
-        print(f"cache.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        told = " ".join(str(error).split())
+        print(f"cache.py: error: {told}" + ("" if "; " in told else "; check that file and the free space"),
+              file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         number = stop.args[0] if stop.args else signal.SIGINT

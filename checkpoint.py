@@ -16,7 +16,8 @@ our reading: none. ST-DRC (arXiv 2606.02441) trains this model and does not chan
   header is where the reference tokens were placed ("reference_placement").
 
 Conventions. dtype None keeps the stored type. Names that nobody asked for are never read. A file of another kind is
-named in one line (`describe`, `stranger`); a pickle, which can run code, is never opened.
+named in one line (`describe`, `stranger`); a pickle, which can run code, is never opened. JSON from outside goes through
+`parse_json`, which bounds its size and depth, here and in clips.py, text.py and lora.py.
 
     config = TransformerConfig.from_checkpoint(read_metadata(path)["config"]["transformer"])
     with torch.device("meta"):                       # shapes only, no memory
@@ -31,8 +32,10 @@ import math
 import mmap
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -43,6 +46,53 @@ SINGLE_FILE = "ltx-2.3-22b-dev.safetensors"  # LTX-2.3: the published checkpoint
 TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
          "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
+JSON_BYTES = 100_000_000  # our reading: what safetensors allows for its table; Gemma's tokenizer.json is a third of it
+JSON_DEPTH = 32           # our reading: LTX-2.3's config has 5 levels; a thousand would exhaust the stack
+MOST_LAYERS = 1000        # our reading: LTX-2.3 and its Gemma have 48; a billion would be built for ever
+# Numbers that are read of a config: type and largest value.
+LAYERS = "num_layers", "connector_num_layers", "encoder_blocks", "decoder_blocks"
+SIZES = ("in_channels", "out_channels", "latent_channels", "encoder_base_channels", "decoder_base_channels", "patch_size",
+         "num_attention_heads", "attention_head_dim", "connector_num_attention_heads", "connector_attention_head_dim",
+         "connector_num_learnable_registers", "text_max_length", "width", "height", "num_frames", "steps",
+         "schedule_tokens", "guide_every", "stg_blocks")
+SCALES = ("positional_embedding_theta", "positional_embedding_max_pos", "connector_positional_embedding_max_pos",
+          "norm_eps", "multiplier", "timestep_scale_multiplier", "frame_rate", "text_scale", "ref_scale", "rescale",
+          "stg_scale", "guide_range", "reference_psnr_floor")
+LIMITS = dict.fromkeys(LAYERS, (int, MOST_LAYERS)) | dict.fromkeys(SIZES, (int, 1e6)) | dict.fromkeys(SCALES, (float, 1e9))
+
+
+# ------------------------------------------------------------ JSON from outside
+
+
+def parse_json(text: str | bytes) -> Any:
+    """json.loads with bounds: at most JSON_BYTES long, nested at most JSON_DEPTH deep. Memory: up to 25 times the text.
+
+    Raises ValueError, one line, for whatever is wrong.
+    """
+    if len(text) > JSON_BYTES:
+        raise ValueError(f"{len(text):,} characters of JSON, more than {JSON_BYTES:,}")
+    too_deep = ValueError(f"JSON nested deeper than {JSON_DEPTH} levels")
+    try:
+        data = json.loads(text)
+    except RecursionError:
+        raise too_deep from None
+    level = [data]  # all lists and objects at one depth
+    for _ in range(JSON_DEPTH):
+        inner = (item for outer in level if isinstance(outer, dict | list)
+                 for item in (outer.values() if isinstance(outer, dict) else outer))
+        level = [item for item in inner if isinstance(item, dict | list)]
+        if not level:
+            return data
+    raise too_deep
+
+
+def read_text(path: Path) -> str:
+    """A text file in UTF-8, of at most JSON_BYTES. Raises ValueError, one line, or OSError."""
+    if not path.is_file():  # also keeps pipes and devices from being read
+        raise ValueError("a folder" if path.is_dir() else "no such file")
+    if (size := path.stat().st_size) > JSON_BYTES:
+        raise ValueError(f"{size:,} bytes, more than {JSON_BYTES:,}")
+    return path.read_text(encoding="utf-8-sig")
 
 
 # ------------------------------------------------------------ reading
@@ -76,7 +126,7 @@ class TensorFile:
             self._metadata = dict(file.metadata() or {})
         self.device, self.file = device, open(path, "rb")
         length = int.from_bytes(self.file.read(8), "little")
-        table = json.loads(self.file.read(length))
+        table = parse_json(self.file.read(length))
         self.start = 8 + length  # offsets in the table count from here
         self.table = {name: Entry(row) for name, row in table.items() if name != "__metadata__"}
 
@@ -133,18 +183,52 @@ def read_metadata(path: str | os.PathLike) -> dict:
         metadata, names = dict(file.metadata()), file.keys()
     if "config" in metadata:
         try:
-            metadata["config"] = json.loads(metadata["config"])
-        except json.JSONDecodeError as error:
+            metadata["config"] = parse_json(metadata["config"])
+        except ValueError as error:
             raise ValueError(f"expected JSON in 'config' of {path}, got {error}; the file is damaged") from error
         if not isinstance(metadata["config"], dict):
             got = f"{metadata['config']!r:.40}"
             raise ValueError(f"expected an object in 'config' of {path}, got {got}; use {SINGLE_FILE}")
+        for part in ("transformer", "vae", "inference"):
+            if not isinstance(metadata["config"].get(part, {}), dict):
+                raise ValueError(f"expected an object {part!r} in the config of {path}, got another; use {SINGLE_FILE}")
+            _check_numbers(part, metadata["config"].get(part), path)
     if other := stranger(metadata, names):
         raise ValueError(f"expected an LTX-2.3 checkpoint at {path}, got {other}")
     if "config" not in metadata:
         got = sorted(metadata) or "an empty header"
         raise ValueError(f"expected a 'config' entry in the header of {path}, got {got}; use {SINGLE_FILE}")
     return metadata
+
+
+def _check_numbers(key: str, value: Any, path: str | os.PathLike) -> None:
+    """Every number that modules will be built from is one, and is not absurd; whether it fits the tensors is seen later."""
+    if isinstance(value, dict | list):
+        for name, inner in value.items() if isinstance(value, dict) else ((key, inner) for inner in value):
+            _check_numbers(name, inner, path)
+        return
+    kind, most = LIMITS.get(key, (None, 0))
+    block_kind = key.endswith("_blocks") and isinstance(value, str) and value.isidentifier()
+    if kind is None or block_kind or isinstance(value, bool):
+        return
+    if type(value) not in (int, kind) or not 0 <= value <= most:  # NaN fails too
+        wanted = "an integer" if kind is int else "a number"
+        raise ValueError(f"expected {wanted} from 0 to {most:g} for {key:.40} in the config of {path}, got {value!r:.40}; "
+                         f"use {SINGLE_FILE}")
+
+
+@contextmanager
+def shapes_from(path: str | os.PathLike) -> Iterator[None]:
+    """Inside, modules are built from the config of `path` as shapes, without memory; what cannot be becomes one line."""
+    try:
+        with torch.device("meta"):
+            yield
+    except KeyError as error:
+        raise ValueError(f"expected {str(error):.80} in the config of {path}, got none; use {SINGLE_FILE}") from error
+    except (TypeError, AttributeError, IndexError, ArithmeticError, RuntimeError, AssertionError) as error:
+        told = " ".join(str(error).split())
+        raise ValueError(f"expected sizes in the config of {path}, got what no model can be built from ({told:.120}); "
+                         f"use {SINGLE_FILE}") from error
 
 
 def check_weights(module: nn.Module, path: str | os.PathLike, prefix: str) -> None:
@@ -248,7 +332,7 @@ def _cut_off(table: bytes, length: int, size: int) -> str | None:
     whole = 8 + length
     if size >= whole:
         try:
-            rows = json.loads(table[:length])
+            rows = parse_json(table[:length])
             whole += max((row["data_offsets"][1] for name, row in rows.items() if name != "__metadata__"), default=0)
         except (ValueError, TypeError, KeyError, IndexError, AttributeError):
             return None

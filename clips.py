@@ -9,7 +9,9 @@ it must make learns to copy the picture, not the person.
 
 Manifest: JSONL, JSON (a list, or {"data": [...]}) or CSV with `video` (or `media_path`) and `caption`, optional
 `reference` (a picture), `identity` (who is seen), `faces` (a faces file, see `load_faces`); other fields are ignored.
-Paths are relative to the manifest's folder and must stay inside it, or inside a folder named with --root.
+Paths are relative to the manifest's folder and must stay inside it, or inside a folder named with --root, unless
+--allow-outside: a list from somebody else must not make a training read, and a cache keep, what is not its own. Absolute
+paths are judged like others, by where they lead; symbolic links are followed first; ".." is refused even where it stays.
 
 paper:        a reference of the person beside each clip (ST-DRC, arXiv 2606.02441); no word on where it comes from.
 our reading:  all of this file: the checks, and the order of `draw_reference`.
@@ -26,8 +28,9 @@ Read next: cache.py
 
 import argparse
 import csv
-import json
+import io
 import math
+import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -40,6 +43,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from checkpoint import parse_json, read_text
 from frames import (
     DEFAULT_BUCKETS,
     TIE,
@@ -56,8 +60,11 @@ from frames import (
     parse_buckets,
     probe,
 )
+from run import Parser, stoppable
 
 FIELDS = ("video", "media_path", "caption", "reference", "identity", "faces")
+LONGEST = 100_000  # our reading: characters of a field; more is a file in the wrong place (LTX-2.3 reads 1024 tokens)
+LARGEST = 1e6      # our reading: pixels of a side
 
 
 # ------------------------------------------------------------ faces
@@ -95,7 +102,7 @@ def load_faces(path: str | Path) -> Faces:
     row's own reference picture; it says nothing about rows without one. Raises ValueError.
     """
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        data = parse_json(read_text(Path(path)))
         size, frame_rate = tuple(int(n) for n in data["size"]), float(data["frame_rate"])
         frames = sorted(data["frames"], key=lambda row: row["t"])
         times = torch.tensor([row["t"] for row in frames], dtype=torch.float64)
@@ -108,8 +115,10 @@ def load_faces(path: str | Path) -> Faces:
         told = f"no {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"expected a faces file with frame_rate, size and frames, got {told} in {path}; see load_faces"
                          ) from None
-    if len(size) != 2 or min(size) < 1 or not 0 < frame_rate < 1e6 or not (len(times) == len(boxes) == len(marks)):
-        raise ValueError(f"expected size [h, w] and a frame rate above 0, got {size} and {frame_rate} in {path}; "
+    same = len(times) == len(boxes) == len(marks)
+    if len(size) != 2 or not 1 <= min(size) <= max(size) <= LARGEST or not 0 < frame_rate < 1e6 or not same:
+        got = f"{str(size):.80} and {frame_rate}"
+        raise ValueError(f"expected size [h, w] and a frame rate above 0, got {got} in {path}; "
                          "see load_faces")
     if not (times.isfinite().all() and boxes.isfinite().all() and (boxes[:, 2:] > boxes[:, :2]).all()):
         raise ValueError(f"expected boxes [x0, y0, x1, y1], x1 > x0 and y1 > y0, got another in {path}; see load_faces")
@@ -120,10 +129,10 @@ def _read_face(data):
     size, box = tuple(int(n) for n in data["size"]), torch.tensor(data["box"], dtype=torch.float32)
     marks = data.get("landmarks")
     marks = None if marks is None else torch.tensor(marks, dtype=torch.float32)
-    if len(size) != 2 or min(size) < 1:
-        raise ValueError(f"size {data['size']} of the reference, not [h, w]")
+    if len(size) != 2 or not 1 <= min(size) <= max(size) <= LARGEST:
+        raise ValueError(f"size {data['size']!s:.80} of the reference, not [h, w]")
     if box.shape != (4,) or not box.isfinite().all() or not (box[2:] > box[:2]).all():
-        raise ValueError(f"box {data['box']} of the reference, not [x0, y0, x1, y1] with x1 > x0 and y1 > y0")
+        raise ValueError(f"box {data['box']!s:.80} of the reference, not [x0, y0, x1, y1] with x1 > x0 and y1 > y0")
     if (box[2:] <= 0).any() or box[0] >= size[1] or box[1] >= size[0]:
         raise ValueError(f"box {data['box']} outside the reference of {size[0]}x{size[1]}")
     if marks is not None and (marks.shape != (5, 2) or not marks.isfinite().all()):
@@ -208,28 +217,28 @@ def read_manifest(path: str | Path, allow_outside: bool = False, roots: Sequence
 
 def _read_table(path):
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path)
         kind = path.suffix.lower()
         if kind in (".jsonl", ".ndjson"):
             return [(n, _parse_line(line)) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
         if kind == ".csv":
-            data = list(csv.DictReader(text.splitlines(keepends=True), strict=True))
+            data = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
         elif kind == ".json":
-            data = json.loads(text)
+            data = parse_json(text)
             data = data["data"] if isinstance(data, dict) and "data" in data else data
         else:
             raise ValueError("its name ends otherwise")
         if not isinstance(data, list):
             raise ValueError("no list inside")
-    except (OSError, ValueError, csv.Error, RecursionError) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise ValueError(f"expected a manifest (.jsonl, .json or .csv), got {path}: {error}; see the README") from None
     return list(enumerate(data, 1))
 
 
 def _parse_line(line):
     try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
+        return parse_json(line)
+    except ValueError as error:
         return Unusable("bad row", error)
 
 
@@ -239,10 +248,14 @@ def _make_row(number, data, folders, allow_outside):
             raise data
         if not isinstance(data, dict):
             raise Unusable("bad row", "not a table of names and values")
-        text = {name: data.get(name) or "" for name in FIELDS}
+        text = {name: "" if data.get(name) is None else data[name] for name in FIELDS}
         for name, value in text.items():
             if not isinstance(value, str):
                 raise Unusable("bad row", f"{name} is {value!r:.40}, not a text")
+            if len(value) > LONGEST:
+                raise Unusable("bad row", f"{name} has {len(value):,} characters, more than {LONGEST:,}")
+            if any("\ud800" <= c <= "\udfff" for c in value):
+                raise Unusable("bad row", f"{name} holds half a character (a surrogate), which is no text")
         video = text["video"] or text["media_path"]
         if not video:
             raise Unusable("bad row", "neither video nor media_path")
@@ -426,29 +439,30 @@ def check_arguments(args: argparse.Namespace, time_scale: int, space_scale: int,
     return report
 
 
-def main() -> int:
+def main(words: list[str] | None = None) -> int:
     """Exit status: 0 every row is used, 1 some are not, 2 the manifest (or another argument) cannot be used."""
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p = Parser("clips.py", description=__doc__.split("\n")[0])
     c = p.add_subparsers(dest="command").add_parser(
         "check", help="say how many rows are used and why each other one is not",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_manifest_arguments(c)
     c.add_argument("--time-scale", type=int, default=8, help="the VAE's frames per latent frame (tiny: 4)")
     c.add_argument("--space-scale", type=int, default=32, help="the VAE's pixels per latent cell (tiny: 8)")
-    args = p.parse_args()
+    args = p.parse_args(words)
     if args.command is None:
         p.print_help()
         return 0
     try:
         if min(args.time_scale, args.space_scale) < 1:
             raise ValueError(f"expected scales of at least 1, got {args.time_scale} and {args.space_scale}; see --help")
-        report = check_arguments(args, args.time_scale, args.space_scale)
+        with stoppable():
+            report = check_arguments(args, args.time_scale, args.space_scale)
     except ValueError as error:
-        print(f"clips.py: error: {error}", file=sys.stderr)
+        print(f"clips.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("clips.py: stopped", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        print("clips.py: stopped; nothing was written", file=sys.stderr)
+        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
     return 1 if report.refused else 0
 
 

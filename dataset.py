@@ -89,6 +89,14 @@ class Batch(PerClip):
         return len(self.index)
 
 
+def check_batch(step: int, batch: Batch, data: WorldClips | RealClips) -> None:
+    """Raise ValueError naming step, what is not finite, and the clips it belongs to; losses only show the whole batch."""
+    for what, values in (("latents", batch.x0), ("contexts", batch.context), ("pixels of the reference", batch.reference)):
+        if bad := [i for i, value in zip(batch.index, values, strict=True) if not value.isfinite().all()]:
+            raise ValueError(f"expected finite {what}, got NaN or infinity at step {step}, {data.names(bad)}; delete the "
+                             "cached files and make them again, or leave the rows out")
+
+
 class Order:
     """step -> the `size` clips of that step, over all processes: one group at a time, every clip once per epoch.
 

@@ -27,6 +27,7 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -41,24 +42,25 @@ from tqdm import tqdm
 import scores
 import world
 from cache import content_hash
-from checkpoint import load_weights, read_metadata
+from checkpoint import load_weights, read_metadata, shapes_from
 from clips import Faces, faces_for_clip, load_faces
+from denoise import INFERENCE, denoise
 from face import FaceNet, align, faces_of, load_facenet, usable_landmarks
 from frames import Bucket, Crop, decode, probe
 from guidance import ORDERS
 from model import TRANSFORMER_PREFIX, TransformerConfig, VideoTransformer, ltx_sigmas
 from reference import encode_reference
 from results import COLUMNS, LEAKS, SHARES
-from run import command, load_state, save_state, seeded, write_beside
-from sample import denoise
+from run import Parser, check_folder, check_ranges, command, load_state, save_state, seeded, write_beside
 from text import TextEncoder
 from vae import VideoVAE, psnr
 from video import picks, save_sheet
 
 HERE = Path(__file__).parent
 ROWS = ("own reference", "swapped", "no reference")
-CODE = ("evaluate", "guidance", "losses", "model", "reference", "rope", "sample", "text", "vae", "world")  # makes clips
+CODE = ("denoise", "evaluate", "guidance", "losses", "model", "reference", "rope", "text", "vae", "world")  # makes clips
 IDENTITY, PROMPT = COLUMNS
+GB_PER_CLIP = 0.005  # estimated: ten copies of 9 frames of 64x64 pixels in float32 at a time
 VIDEOS = {".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi"}
 OWN_SCORES = ("similarity", "min_frame", "drift", "found", "flicker")
 NOT_OFFLINE = ("Not computed, needs more than these files: whether a video follows its prompt (a captioner), whether boxes\n"
@@ -98,8 +100,11 @@ class Models:
     def __init__(self, checkpoint: Path, gemma_root: Path):
         metadata = read_metadata(checkpoint)
         self.config = metadata["config"]
+        if "inference" not in self.config:
+            raise ValueError(f"expected 'inference' in the config of {checkpoint}, got none: only checkpoints that know the "
+                             "procedural world can be scored on it; use --videos for those of others")
         self.placement = metadata.get("reference_placement", "tass")
-        with torch.device("meta"):
+        with shapes_from(checkpoint):
             self.transformer = VideoTransformer(TransformerConfig.from_checkpoint(self.config["transformer"]))
             self.vae = VideoVAE(self.config["vae"])
         load_weights(self.transformer, checkpoint, TRANSFORMER_PREFIX, torch.float32)
@@ -124,7 +129,8 @@ def generate(m: Models, captions: list[str], references: Tensor, args: argparse.
             tokens = encode_reference(m.vae.encode, references[start:start + 16]).float()
             latent = denoise(m.transformer, m.text.encode(part), null, None if name == "no reference" else tokens, grid,
                              d["frame_rate"], (m.vae.time_scale, m.vae.space_scale), sigmas, noise, args.text_scale,
-                             args.ref_scale, args.order, args.rescale, m.placement)
+                             args.ref_scale, args.order, args.rescale, m.placement,
+                             guide_range=args.guide_range, guide_every=args.guide_every)
             out.append(m.vae.decode(latent).float().clamp(-1, 1))
     return torch.cat(out)
 
@@ -134,20 +140,22 @@ def settings_key(args: argparse.Namespace) -> str:
     files = [args.checkpoint_path, *sorted(p for p in args.gemma_root.iterdir() if p.is_file())]
     files += [HERE / f"{name}.py" for name in CODE]
     told = [args.split, args.people, args.prompts, args.num_inference_steps, args.text_scale, args.ref_scale,
-            args.order, args.rescale, args.dtype, args.seed, *(content_hash(path, {}) for path in files)]
+            args.order, args.rescale, args.guide_range, args.guide_every, args.dtype, args.seed, *(content_hash(path, {}) for path in files)]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]
 
 
 def kept(path: Path, make: Callable[[], Tensor]) -> tuple[Tensor, float]:
     """Clips of a row, uint8 (n, 3, F, h, w), and the seconds they took; made and written only if not there yet."""
     if not path.exists():
-        started = time.time()
-        video = world.to_uint8(make())
-        save_state(path, {"video": video}, {"seconds": round(time.time() - started, 1)})
+        started, video = time.time(), make()
+        if not video.isfinite().all():  # eight bits could not tell
+            raise ValueError(f"expected finite pixels in the row {path.stem}, got NaN or infinity; check the weights, use "
+                             "--dtype float32 or lower the scales")
+        save_state(path, {"video": world.to_uint8(video)}, {"seconds": round(time.time() - started, 1)})
     try:
         tensors, info = load_state(path)
         return tensors["video"], info["seconds"]
-    except (SafetensorError, KeyError, TypeError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"expected the clips of a row in {path}, got {error}; delete that file") from None
 
 
@@ -196,15 +204,27 @@ def write_json(path: Path, record: dict) -> None:
     write_beside(path, lambda p: p.write_text(json.dumps(standard) + "\n"))
 
 
+def check_numbers(args: argparse.Namespace) -> None:
+    """Raise ValueError for a number that cannot be meant, and for more clips than fit into memory."""
+    check_ranges(args, {"people": (2, 1e6), "prompts": (1, 1e6), "num_inference_steps": (1, 10_000), "text_scale": (0, 1000),
+                        "ref_scale": (0, 1000), "rescale": (0, 1), "guide_range": (0, 1), "guide_every": (1, 10_000),
+                        "seed": (0, 2**62)})
+    clips, has = args.people * args.prompts, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+    if (needs := clips * GB_PER_CLIP) > has:
+        raise ValueError(f"expected as many clips as fit into the {has:.0f} GB of memory, got {clips}, which need "
+                         f"{needs:.0f} GB; lower --people or --prompts")
+
+
 def score_world(args: argparse.Namespace) -> None:
     """Make or take up the clips of every row, score them, print the tables, write JSON and contact sheet."""
     started, output = time.time(), args.output_path or Path("evaluate.json")
-    if args.people < 2 or args.prompts < 1:
-        raise ValueError(f"expected 2 people, 1 prompt or more, got {args.people} and {args.prompts}; ask for more")
+    check_numbers(args)
+    for folder in (args.folder, output.parent):
+        check_folder(folder)
     m = Models(args.checkpoint_path, args.gemma_root)
     d, judge, head = m.config["inference"], load_facenet(args.judge), scores.load_head(args.head)
-    for name in ("text_scale", "ref_scale", "rescale"):
-        setattr(args, name, d[name] if getattr(args, name) is None else getattr(args, name))
+    for name in ("text_scale", "ref_scale", "rescale", "guide_range", "guide_every"):
+        setattr(args, name, {**INFERENCE, **d}[name] if getattr(args, name) is None else getattr(args, name))
     data, train = (test_set(args.people, args.prompts, d["height"], d["num_frames"], s) for s in (args.split, "train"))
     folder, who, true = args.folder / settings_key(args), data["who"], world.to_uint8(data["true"])
     side = {"true video": data, "through the VAE": data}
@@ -268,7 +288,8 @@ def score_folder(args: argparse.Namespace) -> None:
     """
     if args.ref is None or args.face is None:
         raise ValueError("expected --ref and --face beside --videos, got not both; give a picture and ArcFace weights")
-    videos = sorted(p for p in args.videos.iterdir() if p.suffix.lower() in VIDEOS)
+    # A name with a dot in front is a file that sample.py is still writing.
+    videos = sorted(p for p in args.videos.iterdir() if p.suffix.lower() in VIDEOS and p.name[0] != ".")
     files = [(args.faces_folder or p.parent) / f"{p.stem}.json" for p in (args.ref, *videos)]
     if not videos or len(set(files)) < len(files):
         raise ValueError(f"expected videos ({' '.join(sorted(VIDEOS))}) in {args.videos} and one faces file for each and "
@@ -294,7 +315,8 @@ def score_folder(args: argparse.Namespace) -> None:
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser("evaluate.py", description=__doc__.split("\n")[0],
+               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for flag, name in (("--checkpoint-path", "model.safetensors"), ("--gemma-root", "gemma"),
                        ("--judge", "judge.safetensors"), ("--head", "head.safetensors")):
         p.add_argument(flag, type=Path, default=HERE / "weights" / "tiny" / name)
@@ -304,6 +326,8 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--num-inference-steps", type=int, help="default: the checkpoint's")
     for flag in ("--text-scale", "--ref-scale", "--rescale"):
         p.add_argument(flag, type=float, help="default: the checkpoint's")
+    p.add_argument("--guide-range", type=float, nargs=2, metavar=("LOW", "HIGH"), help="default: the checkpoint's")
+    p.add_argument("--guide-every", type=int, help="default: the checkpoint's")
     p.add_argument("--order", choices=ORDERS, default=ORDERS[0])
     p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     p.add_argument("--seed", type=int, default=0)
@@ -317,8 +341,8 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     return p.parse_args(words)
 
 
-def main() -> int:
-    args = parse_arguments()
+def main(words: list[str] | None = None) -> int:
+    args = parse_arguments(words)
     return command("evaluate.py", lambda: score_folder(args) if args.videos else score_world(args))
 
 

@@ -29,11 +29,13 @@ Read next: losses.py for the loss, evaluate.py for the score.
 from __future__ import annotations
 
 import re
+import sys
 from math import isqrt
 from pathlib import Path
 
 import torch
 import torch.nn.functional as nnf
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from checkpoint import SINGLE_FILE, TYPES, TensorFile, open_file
@@ -64,9 +66,9 @@ class Block(nn.Module):
             self.downsample = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.prelu(self.bn2(self.conv1(self.bn1(x))))
-        y = self.bn3(self.conv2(y))
-        return y + (x if self.downsample is None else self.downsample(x))                 # (B, c_out, h/s, w/s)
+        y = self.prelu(self.bn2(self.conv1(self.bn1(x))))                                 # (B, c_out, h, w)
+        y = self.bn3(self.conv2(y))                                             # (B, c_out, h/stride, w/stride)
+        return y + (x if self.downsample is None else self.downsample(x))       # (B, c_out, h/stride, w/stride)
 
 
 class FaceNet(nn.Module):
@@ -96,9 +98,10 @@ class FaceNet(nn.Module):
             raise ValueError(f"expected faces of {self.size}x{self.size}, got {tuple(pictures.shape[-2:])}; crop first")
         x = self.prelu(self.bn1(self.conv1(pictures)))                                    # (B, widths[0], size, size)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = stage(x)
-        x = self.features(self.fc(self.bn2(x).flatten(1)))                                # (B, E)
-        return nnf.normalize(x.float(), dim=1)
+            x = stage(x)                                                                  # half the height and width
+        x = self.bn2(x).flatten(1)                                        # (B, widths[-1] * size/16 * size/16)
+        x = self.features(self.fc(x))                                                     # (B, E)
+        return nnf.normalize(x.float(), dim=1)                                            # (B, E)
 
 
 # ------------------------------------------------------------ reading
@@ -253,34 +256,120 @@ def faces_of(frames: Tensor, boxes: Tensor, landmarks: Tensor | None = None, siz
     return faces
 
 
-def demo() -> None:
-    """The bundled recogniser on people of the world: same person, look-alike, stranger, and the same picture turned."""
+# ------------------------------------------------------------ demo
+
+TINY = Path(__file__).parent / "weights" / "tiny" / "face.safetensors"
+ANCHOR, SAME, ALIKE, STRANGER = "one picture", "same person, elsewhere", "look-alike", "stranger"
+TURNS = (15, 30, 60)  # degrees
+INK, GREY, GRID = (40, 40, 40), (110, 110, 110), (226, 226, 226)
+COLORS = ((0, 0, 0), (0, 114, 178), (230, 159, 0), (213, 94, 0), (204, 121, 167), (0, 158, 115))  # one a column
+TILE, GAP, LEFT = 128, 52, 40  # pixels of the picture
+
+
+@torch.no_grad()
+def pairs(net: FaceNet, count: int = 32, seed: int = 3) -> dict[str, tuple[Tensor, Tensor]]:
+    """Faces of people of the world, and how much each is the person of ANCHOR in the same row.
+
+    Returns name -> (faces (count, 3, size, size), cosines (count,)). All but the ones named so are cut out by box.
+    """
     import world
 
-    net = load_facenet(Path(__file__).parent / "weights" / "tiny" / "face.safetensors")
-    person, g = world.people("test", 32), torch.Generator().manual_seed(3)
-    def pictures_of(people: Tensor) -> tuple[Tensor, Tensor]:
-        return world.draw_references(people, world.draw_settings(32, g), g)
-    pictures, boxes = pictures_of(person)                                                 # (32, 3, 64, 64), (32, 4)
-    anchor = net(faces_of(pictures, boxes, size=net.size))
-    faces = {name: faces_of(*pictures_of(people), size=net.size) for name, people in
-             {"same person, another moment": person, "look-alike": world.look_alikes(person, g),
-              "stranger": person.roll(1, 0)}.items()}
+    person, g = world.people("test", count), torch.Generator().manual_seed(seed)
+    def shoot(people: Tensor) -> tuple[Tensor, Tensor]:
+        return world.draw_references(people, world.draw_settings(count, g), g)
+    pictures, boxes = shoot(person)                                               # (count, 3, 64, 64), (count, 4)
+    faces = {ANCHOR: faces_of(pictures, boxes, size=net.size)}
+    for name, people in ((SAME, person), (ALIKE, world.look_alikes(person, g)), (STRANGER, person.roll(1, 0))):
+        faces[name] = faces_of(*shoot(people), size=net.size)
     # These landmarks reproduce the upright crop: the template's places in the box. Then all turns about (32, 32).
-    corner, opposite = square(boxes)[:, None].split(2, dim=-1)                            # (32, 1, 2) each
+    corner, opposite = square(boxes)[:, None].split(2, dim=-1)                            # (count, 1, 2) each
     points = corner + template(1) * (opposite - corner)
-    for degrees in (15, 30, 60):
+    for degrees in TURNS:
         c, s = torch.tensor(degrees).deg2rad().cos(), torch.tensor(degrees).deg2rad().sin()
         turn = torch.stack([c, -s, s, c]).view(2, 2)
-        grid = nnf.affine_grid(nnf.pad(turn, (0, 1)).expand(32, 2, 3), pictures.shape, align_corners=False)
+        grid = nnf.affine_grid(nnf.pad(turn, (0, 1)).expand(count, 2, 3), pictures.shape, align_corners=False)
         turned = nnf.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
-        faces[f"same picture turned by {degrees}, by box"] = faces_of(turned, boxes, size=net.size)
-        faces[f"same picture turned by {degrees}, by landmarks"] = align(turned, (points - 32) @ turn + 32, net.size)
-    for name, crops in faces.items():
-        print(f"{name:40s} mean cosine {(anchor * net(crops)).sum(1).mean():+.2f}")
-    print("Notice: the look-alike shares skin and hair, so it lies between. Cosine alone flatters; count who is "
-          "first.\nA turned head counts as another person until its landmarks stand in place.")
+        faces[f"turned by {degrees}, by box"] = faces_of(turned, boxes, size=net.size)
+        faces[f"turned by {degrees}, by landmarks"] = align(turned, (points - 32) @ turn + 32, net.size)
+    anchor = net(faces[ANCHOR])
+    return {name: (crops, (anchor * net(crops)).sum(1)) for name, crops in faces.items()}
+
+
+def draw(found: dict[str, tuple[Tensor, Tensor]], rows: int = 4) -> Image.Image:
+    """The first `rows` people with their cosines, and beneath them the cosines of all.
+
+    found: faces and cosines by name, from `pairs`; up to six names fit the page. Raises ValueError for more.
+    """
+    if not 1 <= len(found) <= len(COLORS):
+        raise ValueError(f"expected 1 to {len(COLORS)} kinds of faces, got {len(found)}; choose some of them")
+    height = 60 + rows * (TILE + 34) + 74 + 34 * len(found)
+    picture = Image.new("RGB", (2 * LEFT + len(COLORS) * (TILE + GAP) - GAP, height), "white")
+    page = ImageDraw.Draw(picture)
+    big, small = ImageFont.load_default(size=18), ImageFont.load_default(size=15)
+    for k, (name, (faces, cosines)) in enumerate(found.items()):
+        left = LEFT + k * (TILE + GAP)
+        page.multiline_text((left + TILE // 2, 26), name.replace(", ", ",\n"), INK, small, "mm", align="center")
+        page.rectangle([left, 50, left + TILE - 1, 54], COLORS[k])
+        pixels = ((faces[:rows].clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        for row, face in enumerate(pixels):
+            top = 60 + row * (TILE + 34)
+            picture.paste(Image.fromarray(face).resize((TILE, TILE), Image.NEAREST), (left, top))
+            page.text((left + TILE // 2, top + TILE + 14), f"{cosines[row]:+.2f}", INK, big, "mm")
+    _draw_scale(page, found, height - 34 * len(found) - 32, picture.width)
+    return picture
+
+
+def _scale(cosine: float, width: int) -> int:
+    """Column of a cosine on the scale from -1 to 1; names stand left of it."""
+    return round(LEFT + 220 + (cosine + 1) / 2 * (width - 2 * LEFT - 230))
+
+
+def _draw_scale(page: ImageDraw.ImageDraw, found: dict[str, tuple[Tensor, Tensor]], top: int, width: int) -> None:
+    """One line per kind, one dot per person, the mean as a bar; `top`: of the first line."""
+    small, bottom = ImageFont.load_default(size=15), top + 34 * len(found)
+    count = len(next(iter(found.values()))[1])
+    words = f"cosine with the first column for all {count} people: a ring each, the bar is the mean"
+    page.text((LEFT, top - 18), words, GREY, small, "lm")
+    for tick in (-1.0, -0.5, 0.0, 0.5, 1.0):
+        page.line([_scale(tick, width), top, _scale(tick, width), bottom], GRID)
+        page.text((_scale(tick, width), bottom + 14), f"{tick:g}", GREY, small, "mm")
+    for k, (name, (_, cosines)) in enumerate(found.items()):
+        y = top + 34 * k + 17
+        page.text((LEFT, y), name, INK, small, "lm")
+        for cosine in cosines.tolist():
+            x = _scale(cosine, width)
+            page.ellipse([x - 3, y - 3, x + 3, y + 3], outline=COLORS[k])
+        x = _scale(cosines.mean().item(), width)
+        page.rectangle([x - 1, y - 13, x + 1, y + 13], COLORS[k])
+
+
+def _demo() -> None:
+    """The bundled recogniser on people of the world in numbers, and face_demo.png. Raises ValueError without it."""
+    net = load_facenet(TINY)
+    found = pairs(net)
+    faces = found[ANCHOR][0]
+    weights = sum(p.numel() for p in net.parameters())
+    print(f"the bundled iresnet, {weights:,} weights: {net.size} x {net.size} pixels -> {net.fc.out_features} numbers")
+    print(f"{len(faces)} people that no training saw; cosine of their pictures with one picture of each:\n")
+    print(f"{'':32s}{'mean':>7s}{'least':>7s}{'most':>7s}")
+    for name, (_, cosines) in found.items():
+        print(f"{name:32s}" + "".join(f"{value:+7.2f}" for value in (cosines.mean(), cosines.min(), cosines.max())))
+    best = torch.stack([found[name][1] for name in (SAME, ALIKE, STRANGER)]).argmax(0)
+    with torch.no_grad():
+        table = net(faces) @ net(found[SAME][0]).T                                        # (count, count)
+    first = (table.argmax(1) == torch.arange(len(table))).sum()
+    print(f"\nnearer to the same person than to look-alike and stranger: {(best == 0).sum()} of {len(best)}")
+    print(f"nearest of all {len(table)} people is the same person: {first} of {len(table)}")
+    kept = (ANCHOR, SAME, ALIKE, STRANGER, "turned by 30, by box", "turned by 30, by landmarks")
+    draw({name: found[name] for name in kept}).save("face_demo.png")
+    print("wrote face_demo.png: four people, each column with its cosine to the first; below, all people on one scale")
+    print("Notice: the look-alike shares skin and hair, so it lies between; count who is first, not the cosine alone. "
+          "A turned head counts as another person until its landmarks stand in place.")
 
 
 if __name__ == "__main__":
-    demo()
+    try:
+        _demo()
+    except ValueError as error:
+        print(f"face.py: error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -24,6 +24,7 @@ Read next: clips.py
 """
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,6 +45,9 @@ FORMAT = 1          # of the cached files and of the way clips are decoded; a ch
 MAX_ENLARGE = 1.1   # our reading: a little (1080 rows for a bucket of 1088) cannot be seen, more teaches blur
 TIE = 0.0015        # seconds; two frames equally near, up to the rounding of timestamps (Matroska: 1 ms): the earlier
 ROUNDING = 0.05     # of a frame; a clip of n frames whose timestamps were rounded still has n frames
+# What a picture may hold, whatever its name says. Pillow knows thirty more, and starts a program (Ghostscript) for one.
+PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+MOST_PIXELS = 178_956_970  # of a frame; Pillow's limit for a picture. A header of 100 bytes can announce any size
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 DEFAULT_BUCKETS = "512x768x121,768x512x121,512x768x1,768x512x1"  # LTX-2.3's default size, its upright twin, and images
 
@@ -52,7 +56,8 @@ class Unusable(ValueError):
     """A row or clip that cannot be used: `reason` is one of a few words to count by, `detail` says what was found."""
 
     def __init__(self, reason: str, detail: object):
-        self.reason, self.detail = reason, " ".join(str(detail).split())  # one line, whatever a file name contains
+        told = " ".join("".join(c if c.isprintable() else " " for c in str(detail)).split())  # a file name holds anything
+        self.reason, self.detail = reason, told if len(told) <= 400 else f"{told[:200]} ... {told[-160:]}"
         super().__init__(f"{self.reason}: {self.detail}")
 
 
@@ -156,11 +161,17 @@ class Frame:
 
 
 def open_picture(path: Path) -> Image.Image:
-    """A picture, read to its end and turned upright (EXIF). Raises Unusable("cannot be decoded")."""
+    """A picture, read to its end and turned upright (EXIF); of an animation the first. Raises Unusable."""
+    if not path.is_file():  # also keeps pipes and devices from being read
+        raise Unusable("missing file", f"a folder at {path}" if path.is_dir() else path)
+    Image.init()
+    formats = [name for name in PICTURES if name in Image.OPEN]
     try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image)  # a copy, hence read to its end
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # broken camera notes, and large photos below Pillow's limit
+            with Image.open(path, formats=formats) as image:
+                return ImageOps.exif_transpose(image)  # a copy, hence read to its end
+    except Exception as error:  # decoders raise nearly every type there is on damaged files
         raise Unusable("cannot be decoded", f"{path.name}: {error}") from None
 
 
@@ -199,6 +210,7 @@ def _opened(path):
             if not streams:
                 raise Unusable("no video stream", path.name)
             streams[0].thread_type = "AUTO"
+            streams[0].codec_context.options = {"max_pixels": str(MOST_PIXELS)}
             yield container, streams[0]
 
 

@@ -21,17 +21,21 @@ same result (x0 = x_s - sigma * v turns one into the other); only `rescale` tell
 estimate. "No reference" means the tokens are taken out of the sequence, not zeroed; "no text" means an empty or
 negative prompt that went through the text encoder.
 
-    predict = lambda text, ref: clean_estimate_of(model, prompt if text else null, face if ref else None)
-    x0 = guide(predict, text_scale=3.0, ref_scale=2.0)          # three calls of the model
-    x0 = guide(predict, text_scale=1.0, ref_scale=1.0)          # one call
+Usage:
+    import torch
+    from guidance import guide
+    predict = lambda text, ref: torch.full((1, 6, 4), 1.0 * text + 2.0 * ref)       # the model; returns (B, L, C)
+    v = guide(predict, text_scale=3.0, ref_scale=2.0)           # three calls of the model
+    v = guide(predict, text_scale=1.0, ref_scale=1.0)           # one call
 
 Read next: sample.py, which calls this once per denoising step.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 # A stream is named by what the model may see: (text, reference).
@@ -121,42 +125,88 @@ def guide(
     return guided
 
 
+def keep_arrows(predict: Callable[[bool, bool], Tensor], kept: dict, fresh: bool) -> Callable[[bool, bool], Tensor]:
+    """A `predict` for `guide` that saves calls: only the first stream asked for is run, others follow it at a distance.
+
+    our reading, not in the paper: what a condition changes varies less from step to step than the picture does. So the
+    arrows from the first (most conditioned) stream to the others are stored in `kept` when `fresh`, and laid onto the
+    new first stream when not. `kept` is one dict for a whole run, its first step fresh. fresh everywhere = off.
+    """
+    anchor = []
+
+    def run(text: bool, ref: bool) -> Tensor:
+        if not anchor:
+            anchor.append(predict(text, ref))                             # (B, L, C)
+            return anchor[0]
+        if fresh:
+            kept[text, ref] = predict(text, ref) - anchor[0]              # (B, L, C)
+        return anchor[0] + kept[text, ref]
+
+    return run
+
+
+# The demo's four predictions, as points: the prompt pulls to the right, the face upwards, and both together do more
+# than the sum of what each does alone. That last bit is what the orders disagree about.
+EXAMPLE = {NULL: (0.0, 0.0), TEXT: (1.0, 0.1), REF: (-0.3, 1.5), BOTH: (1.3, 1.7)}
+NAMES = {NULL: "v_0", TEXT: "v_T", REF: "v_R", BOTH: "v_RT"}
+COLORS = ((0, 114, 178), (213, 94, 0))  # of the text dial, of the reference dial
+
+
+def draw(scales: Sequence[tuple[float, float]] = ((1, 1), (3, 1), (1, 2), (3, 2))) -> Image.Image:
+    """our reading: (picture) a panel per order: the deltas of `EXAMPLE` tip to tail, a black dot where `guide` ends.
+
+    scales: pairs (s_T, s_R), one path each, the last one bold and written out. Returns (1590, 450) RGB; the point
+    (x, y) of panel k = 0, 1, 2 is at pixel (530 k + 72 + 78 x, 420 - 78 y).
+    """
+    picture = Image.new("RGB", (3180, 900), "white")  # twice the size, halved at the end: smooth lines
+    pen = ImageDraw.Draw(picture)
+
+    def write(x, y, words, color="black", size=32, anchor="lm"):
+        pen.text((x, y), words, color, ImageFont.load_default(size), anchor, stroke_width=5, stroke_fill="white")
+        return x + pen.textlength(words, ImageFont.load_default(size))
+
+    # Where the path of each order starts, the scales at that point, and its arrows: which dial, from where to where.
+    paths = {
+        "text_first": (NULL, 0, ((0, NULL, TEXT), (1, TEXT, BOTH))),
+        "reference_first": (NULL, 0, ((1, NULL, REF), (0, REF, BOTH))),
+        "two_deltas": (BOTH, 1, ((0, REF, BOTH), (1, TEXT, BOTH))),
+    }
+    for left, (order, (start, off, steps)) in zip((0, 1060, 2120), paths.items(), strict=True):
+        # In pixels from here on. Guidance does not mind where zero is, for its weights sum to one.
+        v = {s: torch.tensor([left + 144 + 156 * x, 840 - 156 * y]) for s, (x, y) in EXAMPLE.items()}
+        dots = [(v[s].tolist(), 8, "dimgray", NAMES[s], -18, -24, "rm") for s in v]
+        write(left + 40, 50, order, size=44)
+        end = write(left + 40, 120, f"{scales[-1]}:  {NAMES[start]}")
+        for pair in scales:
+            tip, width = v[start], 10 if pair == scales[-1] else 4
+            for dial, a, b in steps:
+                tail, tip = tip, tip + (pair[dial] - off) * (v[b] - v[a])
+                head = (tip - tail) * (8 + 2 * width) / max((tip - tail).norm().item(), 1)
+                side = 0.4 * head.flip(0) * torch.tensor([-1, 1])
+                pen.line(torch.cat([tail, tip - head]).tolist(), COLORS[dial], width)
+                pen.polygon(torch.cat([tip, tip - head - side, tip - head + side]).tolist(), COLORS[dial])
+                if pair == scales[-1]:
+                    end = write(end, 120, f"  + {pair[dial] - off:g} ({NAMES[b]} - {NAMES[a]})", COLORS[dial])
+            end_point = guide(lambda text, ref, v=v: v[text, ref], *pair, order=order).tolist()
+            dots.insert(0, (end_point, 12, "black", str(pair), 20, 28, "lm"))
+        for (x, y), radius, color, name, right, down, anchor in dots:
+            pen.ellipse([x - radius, y - radius, x + radius, y + radius], color)
+            write(x + right, y + down, name, color, 32, anchor)
+    return picture.reduce(2)
+
+
 def _demo() -> None:
-    # Four predictions as arrows in the plane: the prompt pulls to the right, the face pulls upwards, and together
-    # they do slightly more than the sum of both. That last bit is what the orders disagree about.
-    streams = {NULL: (0.0, 0.0), TEXT: (1.0, 0.1), REF: (0.2, 1.0), BOTH: (1.3, 1.2)}
-    names = {NULL: "v_0", TEXT: "v_T", REF: "v_R", BOTH: "v_RT"}
-    calls = []
-
-    def predict(text, ref):
-        calls.append(names[text, ref])
-        return torch.tensor(streams[text, ref])
-
-    def arrow(vector):
-        return f"({vector[0]:+.2f}, {vector[1]:+.2f})"
-
-    for stream, vector in streams.items():
-        print(f"{names[stream]:5s} = {arrow(vector)}")
-
-    print("\nthe arrow sum of text_first at (s_T, s_R) = (3, 2), tip to tail:")
-    v0, vt, vrt = (torch.tensor(streams[s]) for s in (NULL, TEXT, BOTH))
-    print(f"  start at v_0              {arrow(v0)}")
-    print(f"  + 3 (v_T  - v_0)          {arrow(3 * (vt - v0))}     the prompt, three times as long")
-    print(f"  + 2 (v_RT - v_T)          {arrow(2 * (vrt - vt))}     the face, twice as long")
-    print(f"  = guide(predict, 3, 2)    {arrow(guide(predict, 3.0, 2.0))}")
-
-    print(f"\n{'order':17s} {'s_T':>4s} {'s_R':>4s}   {'result':16s} weights of the streams that were run")
+    print("four predictions:  " + "  ".join(f"{NAMES[s]} = {point}" for s, point in EXAMPLE.items()))
+    print(f"{'order':17s}(s_T, s_R)   guide gives      weights of the streams that are run")
     for order in ORDERS:
-        for scales in ((3.0, 2.0), (1.0, 1.0), (2.0, 2.0), (3.0, 0.0), (0.0, 0.0)):
-            calls.clear()
-            result = guide(predict, *scales, order=order)
-            weights = stream_weights(*scales, order=order)
-            terms = "  ".join(f"{weights[s]:+.0f} {names[s]}" for s in weights)
-            assert calls == [names[s] for s in weights]
-            print(f"{order:17s} {scales[0]:4.1f} {scales[1]:4.1f}   {arrow(result):16s} {terms}")
-        print()
+        for scales in ((1.0, 1.0), (3.0, 2.0), (2.0, 2.0), (3.0, 0.0), (0.0, 0.0)):
+            x, y = guide(lambda text, ref: torch.tensor(EXAMPLE[text, ref]), *scales, order=order).tolist()
+            terms = (f"{weight:+.0f} {NAMES[s]}" for s, weight in stream_weights(*scales, order=order).items())
+            print(f"{order:17s}{scales}   ({x:+.2f}, {y:+.2f})   {'  '.join(terms)}")
     print("At (3, 0) text_first is the base model's own text guidance, with no reference token in sight.")
-    print("Notice: (1, 1) is v_RT and costs one stream in every order; (0, 0) is v_0, except in two_deltas.")
+    draw().save("guidance_demo.png")
+    print("wrote guidance_demo.png: a panel per order; arrows: prompt blue, reference orange; black: guide(s_T, s_R)")
+    print("Notice: all orders agree at (1, 1), for one call, and the two chains at equal scales; elsewhere they part.")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ Conventions. A (rank, in), B (out, rank); a file's scale is alpha / rank, or 1 w
 Read next: train.py
 """
 
-import json
 import math
 import os
 import re
@@ -35,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoint import open_file, write_file
+from checkpoint import open_file, parse_json, write_file
 
 # LTX-2.3: the modules of the published in-context LoRA recipe.
 LORA_TARGETS = tuple(f"{attn}.{name}" for attn in ("attn1", "attn2") for name in ("to_q", "to_k", "to_v", "to_out.0"))
@@ -192,7 +191,8 @@ def read_lora(path: str | os.PathLike, model: nn.Module) -> LoRAFile:
                     raise ValueError(f"expected {name} once, got {key!r} and {parts[ENDINGS[ending]][0]!r}; remove one")
                 parts[ENDINGS[ending]] = key, file.get_tensor(key)
     if unknown:
-        names = ", ".join(map(repr, unknown[:3])) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
+        names = ", ".join(f"{key!r:.80}" for key in unknown[:3])
+        names += (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
         raise ValueError(f"expected LoRA keys of linears in this model, got {names}; use a LoRA made for LTX-2.3")
     if not found:
         raise ValueError(f"expected LoRA tensors in {path}, got none ({audio_keys} for audio); use another file")
@@ -223,13 +223,15 @@ def _header_alpha(metadata: dict[str, str]) -> float | None:
     """lora_alpha of the header entry that Diffusers writes, None without one. ValueError when it is not a plain LoRA."""
     entry = metadata.get("lora_adapter_metadata", "{}")
     try:
-        config = {key.removeprefix("transformer."): value for key, value in json.loads(entry).items()}
+        config = {key.removeprefix("transformer."): value for key, value in parse_json(entry).items()}
         alpha = float(config["lora_alpha"]) if "lora_alpha" in config else None
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"expected JSON in 'lora_adapter_metadata', got {error}; remove the entry") from error
     for switch in ("use_rslora", "use_dora", "alpha_pattern"):
         if config.get(switch):
             raise ValueError(f"expected a plain LoRA, got {switch} in 'lora_adapter_metadata'; convert the file")
+    if alpha is not None and not math.isfinite(alpha):
+        raise ValueError(f"expected a number for lora_alpha in 'lora_adapter_metadata', got {alpha}; remove the entry")
     return alpha
 
 

@@ -20,22 +20,29 @@ Conventions. sigma s: 1 = noise, 0 = data; x_s = (1-s) x0 + s noise; v = noise -
 0 = does not. A sample without a face must leave an average, not enter it as a zero: a zero would say "perfect face" and
 would weaken the term for the others.
 
+Usage:
+    import torch
+    from losses import crop_faces, face_weighted_loss, flow_matching_loss, identity_loss, pool_face_mask, total_loss
+    v, v_hat, mask, frames = (torch.rand(2, *shape) for shape in ((12, 8), (12, 8), (17, 64, 64), (3, 64, 64)))
+    embed, boxes = (lambda x: x.flatten(1) / x.flatten(1).norm(dim=1)[:, None]), torch.tensor([[8, 8, 40, 40]] * 2)
     fm, face = flow_matching_loss(v_hat, v), face_weighted_loss(v_hat, v, pool_face_mask(mask, 8, 32))
-    crops = crop_faces(decode(clean_estimate(x_s, v_hat, s)), boxes, size=112)
-    loss = total_loss(fm, face, identity_loss(embed, crops, embed(reference), valid=s <= IDENTITY_MAX_SIGMA))
+    crops = crop_faces(frames, boxes, size=16)                  # frames: the decoded clean_estimate(x_s, v_hat, s)
+    loss = total_loss(fm, face, identity_loss(embed, crops, embed(crops.flip(0)), valid=torch.tensor([True, False])))
 
 Read next: guidance.py. (face.py has E, train.py is where the terms meet.)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 # our reading: above this noise level the one-step estimate is a blur with no face in it to recognise, and the gradient
 # of L_id is noise. The caller clears `valid` for such samples.
 IDENTITY_MAX_SIGMA = 0.5
+COLORS = {"L_fm": (0, 114, 178), "L_face": (213, 94, 0), "L_id": (0, 158, 115)}  # of the demo's picture
 
 
 def clean_estimate(x_s: Tensor, v: Tensor, s: Tensor) -> Tensor:
@@ -78,10 +85,8 @@ def pool_face_mask(mask: Tensor, time_scale: int, space_scale: int) -> Tensor:
     """
     _, frames, h, w = mask.shape                                          # (B, frames, h, w)
     if (frames - 1) % time_scale or h % space_scale or w % space_scale:
-        raise ValueError(
-            f"expected 1 + {time_scale}k frames and sides divisible by {space_scale}, got {frames} frames of {h}x{w}; "
-            "crop the clip first"
-        )
+        got, k = f"got {frames} frames of {h}x{w}", f"1 + {time_scale}k frames"
+        raise ValueError(f"expected {k} and sides divisible by {space_scale}, {got}; crop the clip first")
     cells = F.avg_pool2d(mask.float(), space_scale)                       # (B, frames, H, W)
     first, rest = cells[:, :1], cells[:, 1:]
     rest = rest.unflatten(1, (-1, time_scale)).mean(dim=2) if frames > 1 else rest      # (B, k, H, W)
@@ -124,9 +129,8 @@ def crop_faces(frames: Tensor, boxes: Tensor, size: int) -> Tensor:
     return F.grid_sample(frames, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
-def identity_loss(
-    embed: Callable[[Tensor], Tensor], faces: Tensor, reference_embedding: Tensor, valid: Tensor
-) -> Tensor:
+def identity_loss(embed: Callable[[Tensor], Tensor], faces: Tensor, reference_embedding: Tensor,
+                  valid: Tensor) -> Tensor:
     """1 - cosine between the generated face and the reference, mean over the valid samples.
 
     paper: face-guided identity objective. our reading: this formula, after PuLID. `embed` is the frozen recogniser,
@@ -155,10 +159,8 @@ def total_loss(fm: Tensor, face: Tensor, identity: Tensor, w_face: float = 1.0, 
 
 def _token_error(v_pred, v_target):
     if v_pred.shape != v_target.shape:
-        raise ValueError(
-            f"expected prediction and target of one shape, got {tuple(v_pred.shape)} and {tuple(v_target.shape)}; "
-            "drop the reference tokens from the prediction first"
-        )
+        shapes = f"{tuple(v_pred.shape)} and {tuple(v_target.shape)}"
+        raise ValueError(f"expected prediction and target of one shape, got {shapes}; drop the reference tokens first")
     return (v_pred.float() - v_target.float()).square().mean(dim=-1)      # (B, L, C) -> (B, L)
 
 
@@ -169,34 +171,79 @@ def _mean_over(values, counts):
     return kept.sum() / counts.sum().clamp_min(1)
 
 
-def _demo() -> None:
-    # Four tokens with the same error of 1; the face covers token 1 fully and token 2 by half.
-    v_pred = torch.full((1, 4, 1), 1.0, requires_grad=True)
-    v_target = torch.zeros(1, 4, 1)
-    face_mask = torch.tensor([[0.0, 1.0, 0.5, 0.0]])
-    face = torch.tensor([[0.6, 0.8]], requires_grad=True)                 # stands in for the embedding of the picture
-    person = torch.tensor([[1.0, 0.0]])
-    seen = torch.tensor([True])
-    terms = {
-        "L_fm": flow_matching_loss(v_pred, v_target),
-        "L_fm, token 3 masked": flow_matching_loss(v_pred, v_target, torch.tensor([[1.0, 1.0, 1.0, 0.0]])),
-        "L_face": face_weighted_loss(v_pred, v_target, face_mask),
-        "L_face, no face": face_weighted_loss(v_pred, v_target, 0 * face_mask),
-    }
-    terms["L_fm + L_face"] = terms["L_fm"] + terms["L_face"]
-    print("four tokens, error 1 on each, face mask [0, 1, 0.5, 0]\n")
-    print(f"{'term':22s} {'value':>6s}   gradient on the tokens")
-    for name, value in terms.items():
-        (gradient,) = torch.autograd.grad(value, v_pred, retain_graph=True)
-        print(f"{name:22s} {value.item():6.3f}   " + "  ".join(f"{g:5.2f}" for g in gradient.flatten().tolist()))
+def toy_terms(sigmas: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """our reading: (picture) the terms at each sigma for a model that takes the person for somebody else.
 
-    identity = identity_loss(lambda x: F.normalize(x, dim=-1), face, person, seen)
-    (gradient,) = torch.autograd.grad(identity, face)
-    print(f"{'L_id':22s} {identity.item():6.3f}   on the embedding: {[round(g, 2) for g in gradient[0].tolist()]}")
-    mask = torch.zeros(1, 9, 1, 1)
-    mask[:, 1:5] = 1.0
-    print(f"\na face in frames 1..4 of 9, pooled causally by 8: {pool_face_mask(mask, 8, 1).tolist()}")
-    print("Notice: L_face pulls only on the face tokens, and without a face it is 0 and pulls on nothing.")
+    Its velocity is off by x0 - other at every sigma, its clean estimate by sigma times that. Tokens are pixels, and E
+    compares pixels. Returns L_fm, L_face, L_id as columns (sigmas, 3) and the estimates' faces (sigmas, 48, 48, 3).
+    """
+    people, terms, crops = [], [], []
+    for hair, skin in (("black", "peachpuff"), ("gold", "sienna")):
+        pen = ImageDraw.Draw(picture := Image.new("RGB", (128, 96), "lightsteelblue"))
+        for at, c in (((12, 24, 51, 65), hair), ((16, 32, 47, 71), skin), ((21, 45, 26, 50), 0), ((37, 45, 42, 50), 0)):
+            pen.ellipse(at, c)
+        people.append(torch.tensor(list(picture.tobytes())).view(1, -1, 3) / 127.5 - 1)           # (1, 12288, 3)
+    x0, other, noise = *people, torch.randn(1, 12288, 3, generator=torch.Generator().manual_seed(0))
+    mask = pool_face_mask(F.pad(torch.ones(1, 1, 48, 48), (8, 72, 24, 24)), 8, 1)                 # (1, 12288)
+    crop = lambda x: crop_faces(x.mT.reshape(1, 3, 96, 128), torch.tensor([[8, 24, 56, 72]]), 48)  # noqa: E731
+    embed = lambda faces: F.normalize((faces - faces.mean(dim=(2, 3), keepdim=True)).flatten(1))  # noqa: E731
+    for s in sigmas:
+        x_s, v, v_hat = (1 - s) * x0 + s * noise, noise - x0, noise - other
+        crops.append(crop(clean_estimate(x_s, v_hat, torch.tensor([s]))))
+        identity = identity_loss(embed, crops[-1], embed(crop(x0)), torch.tensor([True]))
+        terms.append(torch.stack([flow_matching_loss(v_hat, v), face_weighted_loss(v_hat, v, mask), identity]))
+    return torch.stack(terms), ((torch.cat(crops) + 1) * 127.5).clamp(0, 255).byte().permute(0, 2, 3, 1)
+
+
+def draw(mask: Tensor, sigmas: Sequence[float]) -> Image.Image:
+    """our reading: (picture) left `pool_face_mask` of a mask (1, frames, 96, 128), right `toy_terms` at rising sigmas.
+
+    Returns (1590, 535) RGB. Cell (i, j) of latent frame k has its corner at pixel (630 + 40 j, 90 + 150 k + 40 i), is
+    40 wide and (1 - share) 230 + share orange; a term y is at pixel (880 + 650 sigma, 350 - 280 y).
+    """
+    pen = ImageDraw.Draw(picture := Image.new("RGB", (3180, 1070), "white"))  # twice the size, halved at the end
+    def write(x, y, words, color="black", anchor="lm"):
+        pen.text((2 * x, 2 * y), words, color, ImageFont.load_default(30), anchor)
+    def paste(share, x, y, step):  # white lines between the cells
+        pixels = 230 + share[:, :, None] * (torch.tensor(COLORS["L_face"]) - 230)
+        pixels[::step] = pixels[:, ::step] = 255
+        picture.paste(Image.fromarray(pixels.round().byte().numpy()), (2 * x, 2 * y))
+    write(20, 30, "A face box, frame by frame, and its share of each latent cell, 32 x 32 pixels (pool_face_mask)")
+    for k, cells in enumerate(pool_face_mask(mask, 8, 32).view(-1, 3, 4)):
+        write(710, 78 + 150 * k, f"latent frame {k}", "dimgray", "mm")
+        for n, t in enumerate(range(max(0, 8 * k - 7), 8 * k + 1)):
+            paste(mask[0, t], 20 + 70 * n, 126 + 150 * k, 32)
+            write(52 + 70 * n, 112 + 150 * k, str(t), "dimgray", "mm")
+        paste(cells.repeat_interleave(80, 0).repeat_interleave(80, 1), 630, 90 + 150 * k, 80)
+        for n, share in enumerate(cells.flatten().tolist()):
+            write(650 + n % 4 * 40, 110 + 150 * k + n // 4 * 40, f"{share:.2f}", anchor="mm")
+    terms, faces = toy_terms(sigmas)
+    pen.line((1760, 120, 1760, 700, 3060, 700), "black", 3)
+    pen.line((1760 + 1300 * IDENTITY_MAX_SIGMA, 120, 1760 + 1300 * IDENTITY_MAX_SIGMA, 700), "silver", 3)
+    names = "L_fm: all tokens", "L_face: the face's tokens", "L_id: 1 - cos, counts left of the line"
+    for name, color, x, values in zip(names, COLORS.values(), (880, 1040, 1260), terms.T.tolist(), strict=True):
+        write(x, 30, name, color)
+        pen.line([(1760 + 1300 * s, 700 - 560 * y) for s, y in zip(sigmas, values, strict=True)], color, 6)
+    for s, face in list(zip(sigmas, faces.numpy(), strict=True))[:: len(sigmas) // 4]:
+        picture.paste(Image.fromarray(face).resize((192, 192), Image.Resampling.NEAREST), (1664 + round(1300 * s), 770))
+        write(880 + 650 * s, 368, f"{s:g}", anchor="mm")
+        write(870, 350 - 280 * s, f"{s:g}", anchor="rm")
+    write(832, 504, "sigma, and the face in the clean estimate: at 0 the person herself, at 1 whom the model sees")
+    return picture.reduce(2)
+
+
+def _demo() -> None:
+    mask = torch.cat([F.pad(torch.ones(1, 1, 48, 48), (8 + 4 * t, 72 - 4 * t, 24, 24)) for t in range(17)], dim=1)
+    print("A face moves right. Its share of the middle row of cells, pooled over frame 0, frames 1..8, frames 9..16:")
+    print(*pool_face_mask(mask, 8, 32).view(3, 3, 4)[:, 1].tolist(), sep="\n")
+    print("A model sees somebody else. Its velocity error is the same at every noise level, its clean estimate is not:")
+    sigmas = (0.0, 0.25, 0.5, 0.75, 1.0)
+    print("  sigma    L_fm  L_face    L_id   total, with L_id up to 0.5 only: above it a real estimate is a blur")
+    for s, (fm, face, i) in zip(sigmas, toy_terms(sigmas)[0].tolist(), strict=True):
+        print(f"{s:7.2f} {fm:7.3f} {face:7.3f} {abs(i):7.3f}{total_loss(fm, face, i * (s <= IDENTITY_MAX_SIGMA)):8.3f}")
+    draw(mask, [i / 20 for i in range(21)]).save("losses_demo.png")
+    print("wrote losses_demo.png: left the mask in pixels and on the latent grid, right the terms over the noise level")
+    print("Notice: L_fm hardly sees the wrong face, L_face sees it in full, L_id where the clean estimate shows it.")
 
 
 if __name__ == "__main__":

@@ -38,10 +38,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rope import apply_rotary, grid_to_positions, rotary_tables, video_grid
+from rope import apply_rotary, grid_to_positions, reference_grid, rotary_tables, video_grid
 
 # ---------------------------------------------------------------- configuration
 
@@ -133,7 +134,7 @@ class Linear(nn.Linear):
     """nn.Linear (..., D) -> (..., O), faster for sampling in float32 on a CPU; see wide_linear."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return wide_linear(x, self.weight, self.bias)
+        return wide_linear(x, self.weight, self.bias)  # (..., D) -> (..., O)
 
 
 def wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -183,7 +184,7 @@ class ChannelNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)  # (..., D)
 
 
 class Attention(nn.Module):
@@ -221,7 +222,7 @@ class Attention(nn.Module):
         (B, nh, N, M); see mask_bias. skip: LTX-2.3: perturbed self-attention for STG, every token reads only itself.
         """
         B, N, D = x.shape
-        context = x if context is None else context
+        context = x if context is None else context  # (B, M, Dc)
         v = self._split(self.to_v(context))  # (B, nh, M, hd)
         if skip:
             out = v
@@ -277,7 +278,8 @@ class AdaLN(nn.Module):
         wave = torch.cat([angle.cos(), angle.sin()], dim=-1).to(dtype)  # (..., 256) cosines first
         embedder = self.emb["timestep_embedder"]
         embedding = embedder["linear_2"](F.silu(embedder["linear_1"](wave)))  # (..., D)
-        return self.linear(F.silu(embedding)).unflatten(-1, (self.rows, -1)), embedding
+        rows = self.linear(F.silu(embedding)).unflatten(-1, (self.rows, -1))  # (..., rows, D)
+        return rows, embedding
 
 
 def modulate(x: Tensor, shift: Tensor, factor: Tensor, eps: float) -> Tensor:
@@ -319,13 +321,13 @@ class Block(nn.Module):
         rows: Tensor,  # (B, S, 9, D), or (U, 9, D) together with pick, or (1, 9, D)
         prompt_rows: Tensor,  # (B, 1, 2, D)
         pick: Tensor | None,  # (B, S) which of the U distinct noise levels a token has
-        rotary: tuple[Tensor, Tensor],
-        bias: Tensor | None,
-        context_bias: Tensor | None,
+        rotary: tuple[Tensor, Tensor],  # (B, nh, S, hd/2) each
+        bias: Tensor | None,  # (B, 1, S or 1, S)
+        context_bias: Tensor | None,  # (B, 1, 1, N)
         skip: bool,
     ) -> Tensor:
         m = _rows(self.scale_shift_table + rows, pick)
-        h = modulate(x, m(0), m(1, 1), self.eps)
+        h = modulate(x, m(0), m(1, 1), self.eps)  # (B, S, D)
         x = torch.addcmul(x, m(2), self.attn1(h, rotary=rotary, bias=bias, skip=skip))  # x + gate * attention
 
         shift, scale = (self.prompt_scale_shift_table + prompt_rows).unbind(-2)  # (B, 1, D) each
@@ -392,10 +394,11 @@ class VideoTransformer(nn.Module):
         self._check(latent, timesteps, sigma, positions, context)
         config, dtype = self.config, self.scale_shift_table.dtype
         tables = rotary_tables(positions, config.dim, config.heads, config.theta, config.max_pos, phase)
-        rotary = tuple(table.to(dtype) for table in tables)  # made in float32, rounded once and not in every block
+        # Made in float32, rounded once and not in every block.
+        rotary = tuple(table.to(dtype) for table in tables)  # (B, nh, S, hd/2) each
         del tables
-        bias = None if attention_mask is None else mask_bias(attention_mask)
-        context_bias = None if context_mask is None else mask_bias(context_mask[:, None])
+        bias = None if attention_mask is None else mask_bias(attention_mask)  # (B, 1, S or 1, S)
+        context_bias = None if context_mask is None else mask_bias(context_mask[:, None])  # (B, 1, 1, N)
 
         # In sampling a few thousand tokens share two or three noise levels, so the nine rows are made once per level.
         # Finding the levels depends on the data, which neither training nor a compiled graph wants.
@@ -403,7 +406,7 @@ class VideoTransformer(nn.Module):
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             levels, pick = torch.unique(levels, return_inverse=True)  # (U,), (B, S)
             pick = pick if len(levels) > 1 else None  # one level for all: rows (1, D) fit any token as they are
-        rows, embedding = self.adaln_single(levels * config.timestep_scale, dtype)
+        rows, embedding = self.adaln_single(levels * config.timestep_scale, dtype)  # (..., 9, D), (..., D)
         prompt_level = sigma.to(torch.float32)[:, None] * config.timestep_scale  # (B, 1)
         prompt_rows, _ = self.prompt_adaln_single(prompt_level, dtype)  # (B, 1, 2, D)
 
@@ -518,6 +521,88 @@ def ltx_guidance(
 # ---------------------------------------------------------------- demo
 
 
+def noisy_sequence(clean: Tensor, noise: Tensor, sigma: float, video: int) -> tuple[Tensor, Tensor]:
+    """What the transformer reads at level sigma: tokens (S, C) and the level of each, timesteps (S,).
+
+    LTX-2.3: from pure noise one Euler step with a perfect estimate leads to x_s = (1-s)*x0 + s*noise, exactly. clean,
+    noise (S, C); the first `video` tokens are noised, the reference behind them stays clean, at level 0.
+    """
+    generated = (torch.arange(len(clean)) < video).float()  # (S,), 1 = video, 0 = reference
+    tokens = blend_clean(euler_step(noise, clean, 1.0, sigma), clean, generated[:, None])  # (S, C)
+    return tokens, sigma * generated
+
+
+def draw_cells(values: Tensor, cell: int) -> Image.Image:
+    """Numbers (rows, columns) as squares of `cell` pixels: -2 and below blue, 0 white, 2 and above red."""
+    share = (values / 2).clamp(-1, 1)[..., None]
+    full = torch.where(share > 0, torch.tensor([178.0, 24, 43]), torch.tensor([33.0, 102, 172]))  # (rows, columns, 3)
+    picture = Image.fromarray((255 + share.abs() * (full - 255)).round().byte().numpy())
+    return picture.resize((cell * picture.width, cell * picture.height), Image.Resampling.NEAREST)
+
+
+def draw_levels(schedules: dict[str, Tensor], width: int = 700) -> Image.Image:
+    """One line per schedule from noise (left) to data (right), with a tick at every level, so that gaps show."""
+    picture = Image.new("RGB", (width, 90 * len(schedules) + 100), "white")
+    pen, left, right = ImageDraw.Draw(picture), 40, width - 40
+    pen.text((width / 2, 12), "where the levels lie: one tick each", "black", ImageFont.load_default(20), anchor="mt")
+    for row, (name, levels) in enumerate(schedules.items()):
+        y = 90 * row + 100
+        above = int((levels[:-1] > 0.85).sum())
+        text = f"{name}: {above} of {len(levels) - 1} evaluations above 0.85"
+        pen.text((left, y - 20), text, "black", ImageFont.load_default(16), anchor="ls")
+        pen.line((left, y, right, y), "grey", 1)
+        for level in levels.tolist():
+            x = round(left + (1 - level) * (right - left))
+            pen.line((x, y - 12, x, y + 12), (213, 94, 0), 2)
+    for level in (1, 0.8, 0.6, 0.4, 0.2, 0):
+        x = round(left + (1 - level) * (right - left))
+        pen.text((x, picture.height - 55), f"{level:g}", "black", ImageFont.load_default(14), anchor="mm")
+    ends = "noise  <-   noise level sigma   ->  data"
+    pen.text((width / 2, picture.height - 22), ends, "black", ImageFont.load_default(16), anchor="mm")
+    return picture
+
+
+def draw(steps: int = 30, shown: Sequence[int] = (0, 25, 29), few: int = 8) -> Image.Image:
+    """Three schedules as curves and ticks (`steps`, `few`, distilled), and one sequence at three levels of the first.
+
+    shown: which evaluations of the run of `steps` to show tokens for, 0 = pure noise. The sequence is a 2x3x4 video
+    and its reference, 16 channels, smooth made-up values. Returns an RGB picture, 1440 pixels wide.
+    """
+    from plot import chart
+
+    schedules = {f"{steps} steps": ltx_sigmas(steps), f"{few} steps": ltx_sigmas(few),
+                 "distilled, 8 steps": torch.tensor(DISTILLED_SIGMAS)}  # fmt: skip
+    series = {name: ([i / (len(s) - 1) for i in range(len(s))], s.tolist()) for name, s in schedules.items()}
+    curves = chart(series, "noise level (1 = noise, 0 = data)", "share of the steps done", 480, 300)
+    sheet = Image.new("RGB", (1440, 860), "white")
+    sheet.paste(curves.resize((704, 440), Image.Resampling.LANCZOS), (10, 10))
+    sheet.paste(draw_levels(schedules), (730, 40))
+
+    generator, cell = torch.Generator().manual_seed(0), 12
+    grid = torch.cat([video_grid(2, 3, 4), reference_grid(2, 3, 4)]).float()  # (S, 3)
+    waves, phase = torch.randn(3, 16, generator=generator), torch.rand(16, generator=generator)
+    clean = torch.sin(grid @ waves + 6 * phase)  # (S, C): neighbours are alike, as in a video
+    noise, L = torch.randn(clean.shape, generator=generator), 2 * 3 * 4
+    pen, small = ImageDraw.Draw(sheet), ImageFont.load_default(15)
+    for place, step in enumerate(shown):
+        sigma = schedules[f"{steps} steps"][step].item()
+        tokens, timesteps = noisy_sequence(clean, noise, sigma, L)
+        left, top = 24 + 472 * place, 560
+        title = f"step {step} of {steps}: sigma {sigma:.2f}"
+        pen.text((left, top - 34), title, "black", ImageFont.load_default(20), anchor="ls")
+        sheet.paste(draw_cells(tokens.T, cell), (left, top))
+        sheet.paste(draw_cells(2 * timesteps[None], cell), (left, top + 16 * cell + 8))
+        pen.rectangle((left, top + 16 * cell + 8, left + len(clean) * cell, top + 17 * cell + 8), outline="grey")
+        pen.text((left, top - 8), f"{L} video tokens", "black", small, anchor="ls")
+        pen.text((left + L * cell + 6, top - 8), f"{len(clean) - L} reference", "black", small, anchor="ls")
+        pen.line((left + L * cell, top - 22, left + L * cell, top + 17 * cell + 8), "black", 2)
+        pen.text((left, top + 17 * cell + 14), f"timestep {sigma:.2f} each", "black", small, anchor="lt")
+        pen.text((left + L * cell + 6, top + 17 * cell + 14), "timestep 0 each", "black", small, anchor="lt")
+    text = "One column per token, one row per channel (blue below 0, red above); the strip below is its noise level."
+    pen.text((24, 832), text, "black", small, anchor="ls")
+    return sheet
+
+
 def _demo() -> None:
     torch.manual_seed(0)
     config = TransformerConfig(in_channels=16, out_channels=16, num_layers=2, heads=4, head_dim=16)
@@ -543,10 +628,15 @@ def _demo() -> None:
     totals = [sum(p.numel() for p in module.parameters()) for module in (model, full)]
     print(f"  {'all':22s}{totals[0]:14,}{totals[1]:18,}")
 
-    print("\nNoise levels of a run of 30 steps (1 = noise, 0 = data)")
-    for row in ltx_sigmas(30).split(8):
-        print("  " + " ".join(f"{value:.4f}" for value in row.tolist()))
-    print("Notice: more than half of the levels lie above 0.85, where the layout is decided; the last step leaps to 0.")
+    print("\nNoise levels (1 = noise, 0 = data) of a run of 30 steps, of 8 steps, and of the distilled checkpoint")
+    for row in (*ltx_sigmas(30).split(16), ltx_sigmas(8), torch.tensor(DISTILLED_SIGMAS)):
+        print("  " + " ".join(f"{value:.3f}" for value in row.tolist()))
+    draw().save("model_demo.png")
+    high, last = int((ltx_sigmas(30)[:-1] > 0.85).sum()), ltx_sigmas(30)[-2].item()
+    print("wrote model_demo.png: the three schedules as curves, their levels as ticks, and a video with its reference "
+          "as tokens at three levels")
+    print(f"Notice: {high} of 30 evaluations lie above 0.85, where the layout is decided; the last step leaps from "
+          f"{last:.1f} to 0; the reference's tokens never change, each token has a level of its own.")
 
 
 if __name__ == "__main__":

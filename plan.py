@@ -22,7 +22,9 @@ Letters. K blocks, D width, h heads, N text tokens, L video and R reference toke
 Read next: sample.py
 """
 
+import ast
 import math
+import operator
 import os
 import sys
 import weakref
@@ -35,7 +37,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import text
-from checkpoint import TYPES, open_file, read_metadata
+from checkpoint import TYPES, open_file, read_metadata, shapes_from
 from guidance import stream_weights
 from memory import FLOAT8, cast_linears
 from model import TransformerConfig, VideoTransformer
@@ -44,6 +46,7 @@ from vae import Tiling, VideoVAE
 GB = 10**9
 RESERVE = 1 * GB  # our reading: for the CUDA context, libraries and fragmentation
 CARDS = (12, 16, 24, 48, 80)
+LARGEST = 10**10  # pixels; 120 frames of 8192 x 8192, whose thousands of tiles are still walked in seconds
 # sample.py's flags -> where the text model's layers wait, where the transformer's do
 OPTIONS = {"no flag": ("none", "none"), "--offload-text cpu": ("cpu", "none"), "--offload cpu": ("cpu", "cpu"),
            "--offload disk": ("disk", "disk")}  # fmt: skip
@@ -60,6 +63,7 @@ REAL = {
 GEMMA = text.GemmaConfig(hidden_size=3840, intermediate_size=15360, num_hidden_layers=48, num_attention_heads=16,
                          num_key_value_heads=8, sliding_window=1024, global_factor=8.0)  # fmt: skip
 
+OPERATORS = {ast.Add: operator.add, ast.Mult: operator.mul}
 # Evaluated as they stand. Operations of one pass of the transformer, and of the text encoder for one prompt.
 PASS = {
     "self-attention, linears": "K * 2*n * (4*D*D + D*h)", "self-attention, scores": "K * 4*n*n*D",
@@ -119,8 +123,13 @@ class Plan:
 
 
 def compute(formulas: dict[str, str], sizes: dict[str, int]) -> dict[str, int]:
-    """Evaluate this file's own formulas above (never text from outside), so that what is printed is what is computed."""
-    return {name: eval(formula, {"__builtins__": {}}, sizes) for name, formula in formulas.items()}
+    """Evaluate this file's own formulas above, so that what is printed is what is computed: sums, products, letters."""
+    def value(node: ast.expr) -> int:
+        if isinstance(node, ast.BinOp):
+            return OPERATORS[type(node.op)](value(node.left), value(node.right))
+        return sizes[node.id] if isinstance(node, ast.Name) else node.value
+
+    return {name: value(ast.parse(formula, mode="eval").body) for name, formula in formulas.items()}
 
 
 def numbers(part: dict[str, Tensor], smallest_rank: int = 0) -> int:
@@ -168,6 +177,24 @@ def walk_vae(vae: VideoVAE, grid: tuple[int, int, int], dtype: torch.dtype) -> t
     return flops, alive
 
 
+def least_bytes(config: dict, grid: tuple[int, int, int], dtype: torch.dtype, tiled: bool = True) -> dict[str, int]:
+    """What a video of this size takes at the least besides the weights, by what is done: for refusing it in time.
+
+    grid: latent frames, rows, columns. Any size is answered at once: the VAE is walked on 8 x 8 cells, the rest is its
+    area. A tile of the decoder is smaller than the picture that was encoded, so that tiled, only the latter counts.
+    """
+    (F, H, W), c = grid, TransformerConfig.from_checkpoint(config["transformer"])
+    with torch.device("meta"):
+        vae = VideoVAE(config["vae"]).to(dtype)
+    picture = torch.empty(1, 3, 1, 8 * vae.space_scale, 8 * vae.space_scale, dtype=dtype, device="meta")
+    with torch.no_grad(), LiveBytes() as live:
+        vae.decode(vae.encode(picture))
+    once = live.peak * H * W // 64
+    letters = {"n": (F + 1) * H * W, "N": 0, "D": c.dim, "b": dtype.itemsize}
+    return {"encode the reference": once, "decode the video": once if tiled else once * F,
+            "denoise": compute({"": ALIVE["denoise"]}, letters)[""]}
+
+
 def on_card(offload_text: str, offload: str, fp8: bool) -> dict[str, list[str]]:
     """The weights on the card in every stage; "2 x" a streamed part stands for two of its blocks or layers."""
     language, vae = ["Gemma layers", "Gemma embedding"], ["VAE encoder", "VAE decoder"]
@@ -191,6 +218,9 @@ def plan(config: dict = REAL, gemma: text.GemmaConfig = GEMMA, height: int = 512
             or (num_frames - 1) % vae.time_scale:
         raise ValueError(f"expected sides in steps of {vae.space_scale} and {vae.time_scale}*k + 1 frames, got "
                          f"{width} x {height}, {num_frames} frames; change the size")
+    if width * height * num_frames > LARGEST:
+        raise ValueError(f"expected at most {LARGEST:.0e} pixels in a video, got {short(width * height * num_frames)}; "
+                         "lower --height, --width or --num-frames")
     grid = ((num_frames - 1) // vae.time_scale + 1, height // vae.space_scale, width // vae.space_scale)
     L, R, c, b = math.prod(grid), grid[1] * grid[2], TransformerConfig.from_checkpoint(settings), dtype.itemsize
     matrices = {name: t for name, t in parts["connector"].items() if not name.endswith("registers")}
@@ -265,7 +295,8 @@ def print_plan(checkpoint_path: str | os.PathLike | None = None, gemma_root: str
     size = {"height": 512, "width": 768, "num_frames": 121}
     size |= {key: config.get("inference", {}).get(key, official) for key, official in size.items()}
     size |= {k: v for k, v in (("height", height), ("width", width), ("num_frames", num_frames)) if v is not None}
-    p = plan(config, gemma, **size, text_scale=text_scale, ref_scale=ref_scale, order=order, dtype=dtype)
+    with shapes_from(checkpoint_path or "this file"):
+        p = plan(config, gemma, **size, text_scale=text_scale, ref_scale=ref_scale, order=order, dtype=dtype)
     z, L = p.sizes, p.sizes["L"]
     print(f"{checkpoint_path or 'LTX-2.3 22B'}: {size}, {dtype}\n{' '.join(f'{k}={v}' for k, v in z.items())}\n")
     rows = [[name, len(part), f"{numbers(part):,}", short(p.weights[name], "B"),
@@ -294,4 +325,8 @@ def print_plan(checkpoint_path: str | os.PathLike | None = None, gemma_root: str
 
 
 if __name__ == "__main__":
-    print_plan(*sys.argv[1:3])
+    try:
+        print_plan(*sys.argv[1:3])
+    except ValueError as error:
+        print(f"plan.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)

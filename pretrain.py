@@ -21,6 +21,7 @@ Read next: train.py, where the paper begins.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shutil
 import sys
@@ -51,14 +52,14 @@ from dataset import (
     render_clips,
     share,
 )
+from denoise import denoise
 from face import FaceNet, square
 from losses import crop_faces, flow_matching_loss
 from model import TRANSFORMER_PREFIX, TransformerConfig, VideoTransformer, ltx_sigmas, training_sigmas
 from optim import KEEP_FROM_MUON, Average, MuonAdamW, schedule, split_parameters
 from reference import patchify
 from rope import grid_to_positions, video_grid
-from run import Run, command, seeded, write_beside
-from sample import denoise
+from run import Parser, Run, check_finite, check_folder, check_ranges, command, seeded, write_beside
 from scores import POSE_SPREAD, HeadReader, read_action, read_heads
 from text import (
     CONNECTOR_PREFIX,
@@ -114,23 +115,60 @@ TINY_INFERENCE = {"width": SIZE, "height": SIZE, "num_frames": FRAMES, "frame_ra
 
 
 # --------------------------------------------------------------------------------------------------------- data: render
+def new_map(path: Path, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+    """An .npy file of zeros as an array. Its room is taken at once: writing to a map on a full disk ends the process."""
+    needed, free = math.prod(shape) * np.dtype(dtype).itemsize, shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise ValueError(f"expected {needed / 1e9:.1f} GB of free space in {path.parent}, got {free / 1e9:.1f} GB; make "
+                         "room, or take fewer --clips")
+    out = np.lib.format.open_memmap(path, "w+", dtype, shape)
+    with path.open("r+b") as file:
+        if hasattr(os, "posix_fallocate"):  # macOS has none
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return out
+
+
 def render_stage(args: argparse.Namespace) -> None:
-    """Render `--clips` clips once into data/train: training never waits for the renderer. Resumable in blocks."""
+    """Render `--clips` clips once into data/train: training never waits for the renderer. Resumable in blocks: the files
+    get their names when they are whole, boxes.npy last."""
     folder = DATA / "train"
+    if (folder / "boxes.npy").exists():
+        boxes = np.load(folder / "boxes.npy", mmap_mode="r")
+        if len(boxes) != args.clips or not boxes[-1].any():
+            raise ValueError(f"expected {args.clips} clips in {folder}, got {len(boxes)}, or some that are not rendered; "
+                             "give another --clips, or delete the folder")
+        return
     folder.mkdir(parents=True, exist_ok=True)
     tokens = ((FRAMES - 1) // 4 + 1) * (SIZE // 8) ** 2
-    shapes = {"video": ((args.clips, FRAMES, SIZE, SIZE, 3), np.uint8), "boxes": ((args.clips, FRAMES, 4), np.float32),
-              "faces": ((args.clips, tokens), np.float16)}
-    fresh = not (folder / "video.npy").exists()
-    maps = {k: np.lib.format.open_memmap(folder / f"{k}.npy", "w+" if fresh else "r+", dtype, shape)
-            for k, (shape, dtype) in shapes.items()}
+    shapes = {"video": ((args.clips, FRAMES, SIZE, SIZE, 3), np.uint8), "faces": ((args.clips, tokens), np.float16),
+              "boxes": ((args.clips, FRAMES, 4), np.float32)}
+    beside = {k: folder / f"{k}.npy.{args.clips}.partial" for k in shapes}
+    for name, path in beside.items():
+        if not path.exists():
+            write_beside(path, lambda p, name=name: new_map(p, *shapes[name]))
+    maps = {k: np.load(path, mmap_mode="r+") for k, path in beside.items()}
     for start in tqdm(range(0, args.clips, 32), desc="render", unit="block"):
-        if not fresh and maps["boxes"][min(start + 32, args.clips) - 1].any():
+        if maps["boxes"][min(start + 32, args.clips) - 1].any():
             continue  # already there
         video, boxes, faces = render_clips(clip_rows("train", start, min(32, args.clips - start)), seeded(args.seed, start))
         maps["video"][start:start + 32] = world.to_uint8(video).permute(0, 2, 3, 4, 1).numpy()
         maps["faces"][start:start + 32] = faces.numpy()
         maps["boxes"][start:start + 32] = boxes.numpy()  # last: it marks the block as complete
+    for name, path in beside.items():
+        maps[name].flush()
+        os.replace(path, folder / f"{name}.npy")
+
+
+def descend(run: Run, step: int, loss: Tensor, factor: float, clips: str) -> None:
+    """One step of the optimiser. Raises ValueError, before a weight moves, when the loss or its gradient is no number."""
+    loss.backward()
+    parameters = run.optimizer.parameters()
+    average_gradients(parameters, run.world)
+    norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+    check_finite(step, {"the loss": loss.item(), "the gradient": norm.item()}, clips)
+    run.optimizer.step(factor)
+    for p in parameters:
+        p.grad = None
 
 
 class Clips:
@@ -223,11 +261,7 @@ def vae_stage(args: argparse.Namespace, device: str) -> None:
         noise = torch.randn(latent, generator=g, device=device)
         with torch.autocast(device, torch.bfloat16):
             loss, dB = loss_fn(vae, video, box_mask(boxes, SIZE), noise)
-        loss.backward()
-        average_gradients(optimizer.parameters(), run.world)
-        nn.utils.clip_grad_norm_(optimizer.parameters(), 1.0)
-        optimizer.step(schedule(step, args.steps))
-        vae.zero_grad(set_to_none=True)
+        descend(run, step, loss, schedule(step, args.steps), f"clips drawn with seed {args.seed}")
         run.average.update(named, step)
         run.record(loss=loss.item(), train_psnr=dB.item())
         if run.rank == 0 and run.seconds > next_check:
@@ -262,12 +296,22 @@ def encode_stage(args: argparse.Namespace, device: str) -> None:
     if device != "cpu":
         return  # a GPU encodes what it renders, in the step
     load_weights(vae, RUNS / "vae.safetensors", "vae.", torch.float32)
-    length = GRID[0] * GRID[1] * GRID[2]
-    out = np.lib.format.open_memmap(DATA / "train" / "latents.npy", "w+", np.float16, (len(clips.video), length, 128))
-    for start in tqdm(range(0, len(clips.video), 32), desc="encode", unit="block"):
-        video = torch.from_numpy(np.array(clips.video[start:start + 32])).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+    for left in (DATA / "train").glob(".latents.npy.*.tmp"):  # of a command that was killed
+        left.unlink()
+    write_beside(DATA / "train" / "latents.npy", lambda path: encode_clips(vae, clips.video, path))
+
+
+def encode_clips(vae: VideoVAE, videos: np.ndarray, path: Path) -> None:
+    """videos (N, F, h, w, 3) uint8 -> an .npy file of latents (N, L, C)."""
+    out = new_map(path, (len(videos), GRID[0] * GRID[1] * GRID[2], vae.latent_channels), np.float16)
+    for start in tqdm(range(0, len(videos), 32), desc="encode", unit="block"):
+        video = torch.from_numpy(np.array(videos[start:start + 32])).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            out[start:start + 32] = patchify(vae.encode(video)).half().numpy()
+            latents = patchify(vae.encode(video))
+        if not latents.isfinite().all():
+            raise ValueError(f"expected finite latents, got NaN or infinity in clips {start} to {start + len(video) - 1}; "
+                             "train the VAE again")
+        out[start:start + 32] = latents.half().numpy()
     out.flush()
 
 
@@ -355,11 +399,7 @@ def base_stage(args: argparse.Namespace, device: str) -> None:
         rows = torch.where(drop, len(all_ids) - 1, batch["caption"].to(device))
         with torch.autocast(device, torch.bfloat16):
             loss = loss_fn(text, model, x0, noise, noisy, sigma, positions, all_ids[rows], all_masks[rows])
-        loss.backward()
-        average_gradients(optimizer.parameters(), run.world)
-        nn.utils.clip_grad_norm_(optimizer.parameters(), 1.0)
-        optimizer.step(schedule(step, args.steps, decay=0.2))
-        both.zero_grad(set_to_none=True)
+        descend(run, step, loss, schedule(step, args.steps, decay=0.2), data.names(order(step)))
         run.average.update(named, step)
         run.record(loss=loss.item())
         if run.rank == 0 and (run.seconds > next_check or step + 1 == args.steps):
@@ -451,10 +491,7 @@ def recogniser_stage(args: argparse.Namespace, device: str, judge: bool) -> None
             views.append(pictures if judge else crop_faces(pictures, square(boxes + shake), SIZE))
         with torch.autocast(device, torch.bfloat16):
             loss = loss_fn(net, *views)
-        loss.backward()
-        nn.utils.clip_grad_norm_(optimizer.parameters(), 1.0)
-        optimizer.step(schedule(step, args.steps))
-        net.zero_grad(set_to_none=True)
+        descend(run, step, loss, schedule(step, args.steps), f"people drawn with seed {args.seed}")
         run.record(loss=loss.item())
     tensors = {k: v.bfloat16().contiguous() for k, v in net.state_dict().items() if v.is_floating_point()}
     write_beside(RUNS / f"{name}.safetensors", lambda p: save_file(tensors, p))
@@ -548,10 +585,7 @@ def head_stage(args: argparse.Namespace, device: str) -> None:
         g = seeded(args.seed, step, 5, device=device)
         person = torch.rand(args.batch, len(world.TRAITS), generator=g, device=device)
         loss = loss_fn(net, *head_views(person, vae, g))
-        loss.backward()
-        nn.utils.clip_grad_norm_(optimizer.parameters(), 1.0)
-        optimizer.step(schedule(step, args.steps))
-        net.zero_grad(set_to_none=True)
+        descend(run, step, loss, schedule(step, args.steps), f"people drawn with seed {args.seed}")
         run.record(loss=loss.item())
     tensors = {k: v.float().contiguous() for k, v in net.state_dict().items() if v.is_floating_point()}
     write_beside(WEIGHTS / "head.safetensors", lambda p: save_file(tensors, p))
@@ -609,9 +643,9 @@ def export_stage(args: argparse.Namespace, device: str) -> None:
         write_beside(Path("examples") / f"{name}.png", lambda p, image=image: image.save(p, format="PNG"))
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser("pretrain.py", description=__doc__.split("\n")[0],
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("stage", choices=["render", "vae", "encode", "base", "face", "judge", "export", "head"])
     parser.add_argument("--steps", type=int, help="default: vae 3800, base 1000, face 600, judge 450, head 1600")
     parser.add_argument("--batch", type=int, help="per worker; default: vae and base 8, others 64")
@@ -619,7 +653,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--clips", type=int, default=CLIPS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
-    args = parser.parse_args()
+    args = parser.parse_args(words)
+    check_ranges(args, {"steps": (1, 1e9), "batch": (2, 4096), "minutes": (0, 1e9), "clips": (1, 1e7),
+                        "seed": (0, 2**62)})
     defaults = {"vae": (3800, 8), "base": (1000, 8), "face": (600, 64), "judge": (450, 64), "head": (1600, 64)}
     defaults = defaults.get(args.stage, (0, 0))
     args.steps = defaults[0] if args.steps is None else args.steps
@@ -628,6 +664,8 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def pretrain(args: argparse.Namespace) -> None:
+    for folder in (RUNS, DATA, WEIGHTS):
+        check_folder(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -641,8 +679,8 @@ def pretrain(args: argparse.Namespace) -> None:
          "export": export_stage}[args.stage](args, device)
 
 
-def main() -> int:
-    return command("pretrain.py", lambda: pretrain(parse_arguments()))
+def main(words: list[str] | None = None) -> int:
+    return command("pretrain.py", lambda: pretrain(parse_arguments(words)))
 
 
 if __name__ == "__main__":

@@ -22,9 +22,15 @@ LTX-2.3:      one token per latent cell, frame slowest, then row, then column; p
 Conventions. Timesteps are noise levels per token: 1 = noise, 0 = clean. "No reference" is this file not being called:
 the tokens are absent, not zero. Where the reference stands in space and time is rope.py's business, not ours.
 
-    canvas = letterbox(Image.open("face.jpg"), height=512, width=768)[None]
-    tokens, timesteps, positions = append_reference(video, sigmas, grid, encode_reference(vae.encode, canvas), ref_grid)
-    velocity = drop_reference(model(tokens, timesteps, positions), L)
+Usage:
+    import torch
+    from PIL import Image
+    from reference import append_reference, drop_reference, encode_reference, letterbox
+    canvas = letterbox(Image.new("RGB", (300, 400), "tan"), height=64, width=96)[None]                # (1, 3, 64, 96)
+    reference = encode_reference(torch.nn.AvgPool3d((1, 32, 32)), canvas)           # (1, 6, 3); really: vae.encode
+    video, sigmas, grid = torch.randn(1, 24, 3), torch.full((1, 24), 0.7), torch.rand(1, 3, 24, 2)    # grid: rope.py
+    tokens, timesteps, positions = append_reference(video, sigmas, grid, reference, grid[:, :, :6] + 5)     # S = 30
+    velocity = drop_reference(tokens, L=24)                                         # really: of the model's output
 
 Read next: augment.py, which keeps the model from copying the canvas. (rope.py gave the tokens their place.)
 """
@@ -33,10 +39,11 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 WHITE = 1.0  # in the VAE's range [-1, 1]
+SIZES = (190, 120), (120, 190), (150, 150)  # width and height of the demo's pictures
 
 
 def letterbox(image: Image.Image, height: int, width: int, pad: float = WHITE) -> Tensor:
@@ -155,38 +162,88 @@ def _to_rgb(image):
     return image.convert("RGB")
 
 
-def _demo() -> None:
-    H, W, F, C = 2, 3, 4, 8
-    picture = Image.new("RGB", (40, 64), "saddlebrown")                   # a portrait photo, a landscape video
-    canvas = letterbox(picture, height=32 * H, width=32 * W)
-    print(f"letterbox: {picture.width}x{picture.height} on {32 * W}x{32 * H} (width x height), one sign per 8x8 pixels")
-    for row in canvas[0, ::8, ::8]:
-        print("  " + "".join("." if value == WHITE else "#" for value in row))
+def _portrait(width, height):
+    """A face in a picture of any form; the golden edge shows that nothing is cut off."""
+    picture = Image.new("RGB", (128, 128), "lightsteelblue")
+    for x, y, r, colour in ((64, 150, 54, "brown"), (64, 60, 42, "tan"), (48, 52, 6, "black"), (80, 52, 6, "black"),
+                            (64, 82, 8, "brown"), (86, 72, 3, "black")):
+        ImageDraw.Draw(picture).ellipse((x - r, y - r, x + r, y + r), fill=colour)
+    picture = ImageOps.pad(picture, (width - 8, height - 8), color="lightsteelblue", centering=(0.5, 1))
+    return ImageOps.expand(picture, 4, "goldenrod")
 
-    def encode(video):                                                    # a stand-in: mean colour of each 32x32 cell
-        cells = torch.nn.functional.avg_pool2d(video[:, :, 0], 32)        # (B, 3, H, W)
-        return cells.repeat(1, 3, 1, 1)[:, :C, None]                      # (B, C, 1, H, W)
 
-    ref_tokens = encode_reference(encode, canvas[None])
-    video = patchify(torch.randn(1, C, F, H, W))
-    L, R = video.shape[1], ref_tokens.shape[1]
+def _sequence(canvas, F, sigma):
+    """(tokens, timesteps, positions): F video frames of 3 x 4 tokens in shades of blue, then those of the canvas."""
+    shades = torch.stack([torch.linspace(a, b, F) for a, b in ((-0.4, 0.5), (0.2, 0.75), (0.5, 0.95))])     # (3, F)
+    video = patchify(shades[None, :, :, None, None].expand(1, 3, F, 3, 4))                      # (1, L, 3)
     # Plain latent indices stand in for rope.py's positions: frame F, rows H.., columns W.. for the reference.
-    cells = torch.cartesian_prod(torch.arange(F), torch.arange(H), torch.arange(W)).T           # (3, L)
+    cells = torch.cartesian_prod(torch.arange(F), torch.arange(3), torch.arange(4)).T           # (3, L)
     grid = torch.stack([cells, cells + 1], dim=-1)[None]                  # (1, 3, L, 2), [start, end)
-    ref_grid = grid[0, :, :R] + torch.tensor([F, H, W])[:, None, None]
-    tokens, timesteps, positions = append_reference(video, torch.full((1, L), 0.7), grid, ref_tokens, ref_grid)
+    ref_grid = grid[:, :, :12] + torch.tensor([F, 3, 4])[:, None, None]   # (1, 3, R, 2)
+    reference = encode_reference(torch.nn.AvgPool3d((1, 32, 32)), canvas[None])     # in place of a VAE: mean colours
+    return append_reference(video, torch.full((1, 12 * F), sigma), grid, reference, ref_grid)
 
-    print(f"\nsequence of S = {L} + {R} = {tokens.shape[1]} tokens, {C} numbers each")
-    print("  offset   what                  timestep   (time, row, column) of the first and last token")
-    for f in range(F + 1):
-        a, b = f * H * W, (f + 1) * H * W - 1
-        what = f"video latent frame {f}" if f < F else "reference"
-        first, last = (tuple(positions[0, :, i, 0].tolist()) for i in (a, b))
-        print(f"  {a:2d}..{b:2d}   {what:20s}  {timesteps[0, a]:5.1f}      {first} .. {last}")
-    kept = drop_reference(tokens, L)
-    print(f"\nafter the model: drop the last {R}, {tuple(tokens.shape)} -> {tuple(kept.shape)}; "
-          f"identical to the video tokens: {torch.equal(kept, video)}")
-    print("Notice: the reference sits at offset L with timestep 0, and its indices go on where the video's end.")
+
+def draw(F: int = 4, sigma: float = 0.7) -> Image.Image:
+    """Picture, canvas and tokens of a wide, a tall and a square portrait; below, the sequence with the last of them.
+
+    paper: (figure) a reference of 3 x 4 cells, as large as a video frame. our reading: the rest. F video frames, 1 to 5
+    (more are too small to read) at noise level sigma, 0 to 1. Token i stands at x = 110 + i * (1370 // S), y = 592.
+    """
+    page = Image.new("RGB", (1500, 730), "white")
+    pen = ImageDraw.Draw(page)
+
+    def say(x, y, text, size=18):
+        pen.text((x, y), text, "black", ImageFont.load_default(size=size))
+
+    for x, (w, h) in zip((20, 515, 1010), SIZES, strict=True):
+        canvas = letterbox(_portrait(w, h), height=96, width=128)
+        tokens, timesteps, positions = _sequence(canvas, F, sigma)
+        latent = unpatchify(tokens[:, -12:], 1, 3, 4)[0, :, 0]            # (3, H, W)
+        say(x, 12, f"picture {w} x {h}   ->")
+        page.paste(_portrait(w, h), (x, 42))
+        for y, title, image in (42, "letterbox: canvas 128 x 96", canvas), (280, "encode_reference: 12 tokens", latent):
+            say(x + 210, y - 30, title)
+            pixels = Image.fromarray(((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
+            page.paste(pixels.resize((256, 192), Image.Resampling.NEAREST), (x + 210, y))
+            for i in range(12):
+                left, top = x + 210 + 64 * (i % 4), y + 64 * (i // 4)
+                pen.rectangle((left, top, left + 64, top + 64), outline="silver")
+                say(left + 5, top + 4, str(i), 14)
+    S, step = tokens.shape[1], 1370 // tokens.shape[1]
+    say(20, 502, f"append_reference: {S - 12} video tokens at timestep {sigma:g}; the square picture's 12 at 0", 22)
+    for y, text in (600, "tokens"), (640, "1 = noise"), (696, "0 = clean"):
+        say(20, y, text)
+    for i, level in enumerate(timesteps[0].tolist()):
+        x = 110 + i * step
+        if i % 12 == 0:
+            (time, row, column), (_, bottom, right) = positions[0, :, [i, i + 11], 0].T.int().tolist()
+            say(x, 544, f"video frame {time}" if i < S - 12 else "reference")
+            say(x, 568, f"time {time}, rows {row}..{bottom}, columns {column}..{right}", 13)
+        pen.rectangle((x, 592, x + step - 3, 626), fill=tuple(((tokens[0, i] + 1) * 127.5).round().int().tolist()))
+        pen.rectangle((x, 710 - 64 * level, x + step - 3, 712), fill="dimgrey")
+        say(x + 2, 602, str(i), 12)
+    return page
+
+
+def _demo() -> None:
+    print("letterbox: the whole picture on a canvas of 128 x 96 pixels (width x height), the rest white")
+    for w, h in SIZES:
+        canvas = letterbox(_portrait(w, h), height=96, width=128)
+        white = (canvas == WHITE).all(dim=0)                              # (96, 128)
+        y, x = (~white).nonzero().T                                       # where the picture lies
+        print(f"  {w} x {h}: columns {x.min()}..{x.max()}, rows {y.min()}..{y.max()}; white {white.float().mean():.0%}")
+    tokens, timesteps, positions = _sequence(canvas, F=4, sigma=0.7)
+    print(f"encode_reference: a token for 32 x 32 pixels, 3 x 4 = 12; append_reference: 48 + 12 = {tokens.shape[1]}")
+    print("  offset   what            timestep   (time, row, column) of the first and last token")
+    for i in range(0, 60, 12):
+        what = f"video frame {i // 12}" if i < 48 else "reference"
+        first, last = (tuple(positions[0, :, j, 0].tolist()) for j in (i, i + 11))
+        print(f"  {i:2d}..{i + 11:2d}   {what:15s} {timesteps[0, i]:5.1f}      {first} .. {last}")
+    print(f"drop_reference: after the model the first {drop_reference(tokens, 48).shape[1]} are kept, the video's own")
+    draw().save("reference_demo.png")
+    print("wrote reference_demo.png: pictures, canvases, tokens (as mean colours); the sequence and its timesteps")
+    print("Notice: the reference sits at offset L = 48 with timestep 0, and its indices go on where the video's end.")
 
 
 if __name__ == "__main__":

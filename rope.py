@@ -1,12 +1,12 @@
 """Where a token is: LTX-2.3's three-axis rotary positions, and where ST-DRC puts the reference among them.
 
 Every token carries a coordinate (time, row, column). Rotary position embedding turns the coordinate into angles and
-rotates queries and keys by them, so that an attention score depends only on how far two tokens are apart.
-ST-DRC adds the reference picture to the sequence as ordinary tokens, so the one question left is *which* coordinates
-those tokens get. If they lie on top of the first video frame, "look at the same place" is the easiest thing to learn
-and the model pastes the reference's pixels into the video. Moved to the frame just after the video, and past its
-lower right corner, the picture shares no coordinate with any video token on any axis: it can be looked up for who
-the person is, but no longer for what belongs at this pixel.
+rotates queries and keys by them, so that an attention score depends only on how far two tokens are apart. ST-DRC adds
+the reference picture to the sequence as ordinary tokens, so the one question left is *which* coordinates those tokens
+get. If they lie on top of the first video frame, "look at the same place" is the easiest thing to learn and the model
+pastes the reference's pixels into the video. Moved to the frame just after the video, and past its lower right corner,
+the picture shares no coordinate with any video token on any axis: it can be looked up for who the person is, but no
+longer for what belongs at this pixel.
 
 Source: ST-DRC, arXiv 2606.02441, component "TASS-RoPE" (time-adjacent, spatially shifted) and its figure.
   paper:       reference cell (i, j) has index (F, H+i, W+j) when the video has indices 0..F-1, 0..H-1, 0..W-1;
@@ -19,23 +19,23 @@ Source: ST-DRC, arXiv 2606.02441, component "TASS-RoPE" (time-adjacent, spatiall
 Conventions
   Index grids are (N, 3) integers, columns time, row, column; rows of a picture run downward.
   Positions are (3, N, 2) or (B, 3, N, 2) float32, last axis [start, end): seconds for time, pixels for row and column.
-  Rotation is of the "split" kind: the first half of a head's channels pairs with the second half, not with neighbours.
-  The tokens are rotated by the middle of their bounds.
+  A token is turned by the middle of its bounds; "split": channel c of a head pairs with c + hd/2, not with c + 1.
 Trap: a shift of max(video start) - min(reference start) lands on (F-1, H-1, W-1), one patch short on every axis, and
   puts the first reference token exactly onto the last video token.
 
 Usage:
-    grid = torch.cat([video_grid(F, H, W), reference_grid(F, H, W, "tass")])
-    cos, sin = rotary_tables(grid_to_positions(grid, frame_rate=24)[None], dim=4096, heads=32)
-    q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+    import rope, torch
+    grid = torch.cat([rope.video_grid(5, 3, 4), rope.reference_grid(5, 3, 4, "tass")])  # 60 video, 12 reference tokens
+    cos, sin = rope.rotary_tables(rope.grid_to_positions(grid, frame_rate=24)[None], dim=4096, heads=32)
+    q, k = (rope.apply_rotary(x, cos, sin) for x in torch.rand(2, 1, 32, len(grid), 128))  # rand: your q and k
 
 Read next: reference.py
 """
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 
@@ -46,11 +46,9 @@ def _box(frames: range, rows: range, columns: range) -> Tensor:
 
 
 def video_grid(F: int, H: int, W: int) -> Tensor:
-    """Index of every video token, in the order of the token sequence.
-
-    LTX-2.3: frame slowest, then row, then column. Returns (F*H*W, 3) int64. Raises ValueError on a size below 1.
-    """
-    _check_sizes(F, H, W)
+    """LTX-2.3: index of every video token, frame slowest, column fastest: (F*H*W, 3) int64. No size may be below 1."""
+    if min(F, H, W) < 1:
+        raise ValueError(f"expected F, H, W of at least 1, got {F}, {H}, {W}; give latent sizes, not pixels")
     return _box(range(F), range(H), range(W))
 
 
@@ -75,23 +73,20 @@ def place_space_only(F: int, H: int, W: int) -> Tensor:
 
 
 PLACEMENTS: dict[str, Callable[[int, int, int], Tensor]] = {
-    "tass": place_tass,
-    "overlap": place_overlap,
-    "time_only": place_time_only,
-    "space_only": place_space_only,
+    "tass": place_tass, "overlap": place_overlap, "time_only": place_time_only, "space_only": place_space_only,
     "overlap_phase": place_overlap,  # told apart by source_phase alone
 }
 
 
 def reference_grid(F: int, H: int, W: int, placement: str = "tass") -> Tensor:
-    """Index of every reference token beside an F x H x W video, row by row.
+    """paper: the reference fills a grid of the same size as one video frame. Its indices, row by row: (H*W, 3) int64.
 
-    paper: the reference fills a grid of the same size as one video frame. Returns (H*W, 3) int64.
     Raises ValueError on an unknown placement or a size below 1.
     """
     if placement not in PLACEMENTS:
         raise ValueError(f"expected a placement out of {sorted(PLACEMENTS)}, got {placement!r}; use one of them")
-    _check_sizes(F, H, W)
+    if min(F, H, W) < 1:
+        raise ValueError(f"expected F, H, W of at least 1, got {F}, {H}, {W}; give latent sizes, not pixels")
     return PLACEMENTS[placement](F, H, W)
 
 
@@ -120,8 +115,7 @@ def grid_to_positions(grid: Tensor, frame_rate: float, time_scale: int = 8, spac
         raise ValueError(f"expected a grid of shape (N, 3), got {tuple(grid.shape)}; use video_grid")
     if not frame_rate > 0:
         raise ValueError(f"expected a frame rate above 0, got {frame_rate}; give frames per second")
-    bounds = torch.stack([grid, grid + 1], dim=-1)  # (N, 3, 2) index space
-    bounds = bounds.permute(1, 0, 2).to(torch.float32)  # (3, N, 2)
+    bounds = torch.stack([grid.T, grid.T + 1], dim=-1).to(torch.float32)  # (3, N, 2) index space
     time, space = bounds[:1] * time_scale, bounds[1:] * space_scale  # frames (1, N, 2), pixels (2, N, 2)
     time = (time + 1 - time_scale).clamp(min=0) / frame_rate  # seconds
     return torch.cat([time, space])  # (3, N, 2)
@@ -134,17 +128,11 @@ def rotary_frequencies(count: int, theta: float, device: torch.device | None = N
     frequency grid made in float32, or angles made in float64, would visibly miss what the weights were trained with.
     """
     exponent = torch.linspace(0.0, 1.0, count, dtype=torch.float64, device=device)
-    return (theta**exponent * (math.pi / 2)).to(torch.float32)
+    return (theta**exponent * (torch.pi / 2)).to(torch.float32)
 
 
-def rotary_tables(
-    positions: Tensor,
-    dim: int,
-    heads: int,
-    theta: float = 10000.0,
-    max_pos: Sequence[float] = (20, 2048, 2048),
-    phase: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def rotary_tables(positions: Tensor, dim: int, heads: int, theta: float = 10000.0,
+                  max_pos: Sequence[float] = (20, 2048, 2048), phase: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Cosines and sines by which every head rotates every token.
 
     LTX-2.3: positions are divided by `max_pos` (seconds, pixels, pixels) and mapped from 0..1 to -1..1; angles are
@@ -164,9 +152,7 @@ def rotary_tables(
     if positions.ndim == 4:
         positions = (positions[..., 0] + positions[..., 1]) / 2  # (B, A, N)
     B, A, N = positions.shape
-    limits = torch.tensor(list(max_pos), dtype=torch.float32, device=positions.device)
-    unit = positions / limits[:, None] * 2 - 1  # (B, A, N) -1..1 inside max_pos
-
+    unit = positions / positions.new_tensor(list(max_pos))[:, None] * 2 - 1  # (B, A, N) -1..1 inside max_pos
     frequencies = rotary_frequencies(dim // (2 * A), theta, positions.device)  # (n,)
     angles = unit.transpose(1, 2)[:, :, None, :] * frequencies[:, None]  # (B, N, n, A)
     angles = angles.reshape(B, N, -1)  # (B, N, n*A) frequency slow, axis fast
@@ -196,44 +182,68 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat(turned, dim=-1)  # (B, nh, N, hd)
 
 
-def _check_sizes(F: int, H: int, W: int) -> None:
-    if min(F, H, W) < 1:
-        raise ValueError(f"expected F, H, W of at least 1, got {F}, {H}, {W}; give latent sizes, not pixels")
+DRAWN = ("overlap", "time_only", "space_only", "tass")
+COLOURS = torch.tensor([[232] * 3, [0, 114, 178], [240, 180, 40], [150, 20, 110]])  # nobody, video, reference, both
+HEAT = torch.tensor([255.0, 244, 208]).lerp(torch.tensor([120.0, 0, 40]), torch.linspace(0, 1, 101)[:, None]).int()
 
 
-def _axis_line(video: Tensor, reference: Tensor, size: int) -> str:
-    """One axis as text: V video only, R reference only, X both, . nobody."""
-    used_v, used_r = set(video.tolist()), set(reference.tolist())
-    marks = {(True, False): "V", (False, True): "R", (True, True): "X", (False, False): "."}
-    return " ".join(marks[(i in used_v, i in used_r)] for i in range(size))
+def score_map(F: int, H: int, W: int, placement: str, frame: int, dim: int = 4096, heads: int = 32) -> Tensor:
+    """our reading: (picture) score of a frame's middle video token with each reference cell, by place alone: (H, W).
+
+    One same unit vector in every q and k leaves the mean over all planes of cos(angle difference), 1 at no distance; so
+    does the average over random q = k. [H//2, W//2] is the cell of the token's own row and column. 24 frames a second.
+    """
+    grid = torch.cat([torch.tensor([[frame, H // 2, W // 2]]), reference_grid(F, H, W, placement)])
+    content = torch.full((1, heads, len(grid), dim // heads), dim**-0.5)  # (1, nh, 1+R, hd)
+    turned = apply_rotary(content, *rotary_tables(grid_to_positions(grid, 24)[None], dim, heads))
+    return (turned[:, :, :1] * turned[:, :, 1:]).sum(dim=(0, 1, 3)).reshape(H, W)
 
 
-def _demo(F: int = 5, H: int = 3, W: int = 4) -> None:
-    video = video_grid(F, H, W)
-    print(f"Token map of a {F} x {H} x {W} video (frames x rows x columns). V video, R reference, X both, . nobody\n")
-    for placement in PLACEMENTS:
-        reference = reference_grid(F, H, W, placement)
-        span = [f"{int(reference[:, a].min())}..{int(reference[:, a].max())}" for a in range(3)]
-        print(f"{placement}: reference at time {span[0]}, rows {span[1]}, columns {span[2]}")
-        for axis, (name, size) in enumerate([("time", F + 1), ("row", 2 * H), ("column", 2 * W)]):
-            print(f"  {name:7s}{_axis_line(video[:, axis], reference[:, axis], size)}")
-        cells = {tuple(cell) for cell in reference.tolist()} & {tuple(cell) for cell in video.tolist()}
-        print(f"  shared cells: {len(cells)} of {len(reference)}\n")
+def draw(F: int = 5, H: int = 3, W: int = 4, video: tuple[int, int, int] = (16, 16, 24)) -> Image.Image:
+    """our reading: (picture) a column per placement: tokens of F x H x W from two sides, two score_maps of `video`."""
+    picture = Image.new("RGB", (1520, 1150), "white")
+    pen, small, large = ImageDraw.Draw(picture), ImageFont.load_default(size=19), ImageFont.load_default(size=32)
+    for x, placement in zip(range(50, 1520, 372), DRAWN, strict=True):
+        pen.text((x, 40), placement, "black", large, "ls")
+        taken = torch.zeros(2, F + 1, 2 * H, 2 * W, dtype=torch.int64)  # (source, time, row, column)
+        taken[(0, *video_grid(F, H, W).T)] = 1
+        taken[(1, *reference_grid(F, H, W, placement).T)] = 2
+        front, side = taken.amax(dim=1).sum(dim=0), taken.amax(dim=3).sum(dim=0).T  # (2H, 2W), (2H, F+1)
+        panels = [("front: rows down, columns right", COLOURS[front]), ("side: rows down, time right", COLOURS[side])]
+        for frame in (0, video[0] - 1):
+            score = score_map(*video, placement, frame)
+            caption = f"frame {frame}: same cell {score[video[1] // 2, video[2] // 2]:.2f}, mean {score.mean():.2f}"
+            panels.append((caption, HEAT[(score.clamp(0, 1) * 100).long()]))
+        for y, (caption, colours) in zip((110, 368, 626, 884), panels, strict=True):
+            pen.text((x, y - 28), caption, "black", small, "ls")
+            cell = min(48, 320 // colours.shape[1], 192 // colours.shape[0])
+            for r, c in torch.cartesian_prod(*map(torch.arange, colours.shape[:2])).tolist():
+                left, top = x + c * cell, y + r * cell
+                pen.rectangle((left, top, left + cell - 2, top + cell - 2), fill=tuple(colours[r, c].tolist()))
+                if r == 0 and c % (48 // cell) == 0:  # an index every 48 pixels at most
+                    pen.text((left + cell / 2, y - 5), str(c), "black", small, "ms")
+                if c == 0 and r % (48 // cell) == 0:
+                    pen.text((x - 6, top + cell / 2), str(r), "black", small, "rm")
+    names = ("nobody", "video", "reference", "both", "score <= 0", "score 0.25", "score 0.5", "score 0.75", "score 1")
+    for i, colour in enumerate([*COLOURS, *HEAT[::25]]):
+        pen.rectangle((50 + 160 * i, 1106, 204 + 160 * i, 1136), fill=tuple(colour.tolist()))
+        pen.text((127 + 160 * i, 1121), names[i], "white" if colour.sum() < 380 else "black", small, "mm")
+    return picture
 
-    print("Seen from the front (rows down, columns right), all frames on top of each other:")
-    print(f"  {'tass':{4 * W}s}   overlap")
-    taken = {(row, column) for _, row, column in video.tolist()}
-    pictures = [{(r, c) for _, r, c in reference_grid(F, H, W, name).tolist()} for name in ("tass", "overlap")]
-    marks = {(True, False): "V", (False, True): "R", (True, True): "X", (False, False): "."}
-    for r in range(2 * H):
-        lines = [" ".join(marks[(r, c) in taken, (r, c) in cells] for c in range(2 * W)) for cells in pictures]
-        print(f"  {lines[0]}    {lines[1]}")
 
-    bounds = grid_to_positions(torch.stack([video[-1], reference_grid(F, H, W)[0]]), frame_rate=24)
-    names = ("last video token", "first reference token")
-    for name, (time, row, column) in zip(names, bounds.transpose(0, 1).tolist(), strict=True):
-        print(f"{name:22s} time {time[0]:.3f}..{time[1]:.3f} s, rows {row} px, columns {column} px")
-    print("Notice: only 'tass' has no X on any axis, so no coordinate tells the model where to paste from.")
+def _demo() -> None:
+    print("Where the 3 x 4 reference tokens lie beside a video of 5 frames x 3 rows x 4 columns (the paper's example).")
+    print("Then scores by place alone, with equal q and k: LTX-2.3's 32 heads of 128, 121 frames of 512 x 768.")
+    for name in DRAWN:
+        (time, row, column), (_, bottom, right) = reference_grid(5, 3, 4, name)[[0, -1]].tolist()
+        print(f"{name}: reference at time {time}, rows {row}..{bottom}, columns {column}..{right}")
+        for t in (0, 15):
+            s = score_map(16, 16, 24, name, t)
+            print(f"  frame {t:2d}: same cell {s[8, 12]:5.2f}, mean {s.mean():5.2f}, lead {s[8, 12] - s.mean():5.2f}")
+    draw().save("rope_demo.png")
+    print("wrote rope_demo.png: tokens from the front and from the side, scores of one token in frames 0 and 15")
+    print("Notice: the shift in space ends the lead of the same cell (the cross is its row and column), the one in"
+          " time moves all cells alike. With tass 'copy what lies here' is not free; a trained q could still do it.")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ Read next: dataset.py
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -31,12 +32,14 @@ import random
 import resource
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -44,6 +47,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from checkpoint import parse_json
 from optim import Average, MuonAdamW
 from workers import put, start_workers, sum_all, whole
 
@@ -51,13 +55,18 @@ LOG_EVERY = 10  # steps; the log has their mean
 
 
 def write_beside(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Call `write(temporary path)`, then rename onto `path`: a reader sees the old file or the new one, never half."""
+    """Call `write(temporary path)`, then rename onto `path`: a reader sees the old file or the new one, never half.
+
+    Raises OSError, also for what safetensors has its own type: a full disk.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
         os.replace(temporary, path)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}; make room, or choose another folder") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -71,7 +80,7 @@ def save_state(path: str | Path, tensors: dict[str, Tensor], info: dict) -> None
 def load_state(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """Inverse of `save_state`."""
     with safe_open(path, "pt") as f:
-        return {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()["info"])
+        return {k: f.get_tensor(k) for k in f.keys()}, parse_json(f.metadata()["info"])
 
 
 def seeded(*numbers: int, device: str = "cpu") -> torch.Generator:
@@ -88,11 +97,58 @@ def memory_gb() -> float:
 
 
 def check_finite(step: int, terms: dict[str, float], clips: str) -> None:
-    """Raise ValueError naming step, term and clips when a loss is not a number, before it reaches the weights."""
+    """Raise ValueError naming step, term and clips when a loss or gradient is no number, before it reaches the weights."""
     for name, value in terms.items():
         if not math.isfinite(value):
-            raise ValueError(f"expected finite losses, got {value} for {name} at step {step}, {clips}; lower --lr and run "
+            raise ValueError(f"expected finite numbers, got {value} for {name} at step {step}, {clips}; lower --lr and run "
                              "again: the last saved state is from before")
+
+
+# ------------------------------------------------------------ what every command does
+
+
+class Parser(argparse.ArgumentParser):
+    """One line per mistake; argparse alone prints the whole usage first."""
+
+    def error(self, message: str) -> NoReturn:
+        message = " ".join(message.split())
+        self.exit(2, f"{self.prog}: error: {message if len(message) < 500 else message[:500] + ' ...'}; "
+                     f"see {self.prog} --help\n")
+
+
+def check_ranges(args: argparse.Namespace, ranges: dict[str, tuple[float, float]]) -> None:
+    """Raise ValueError for a number outside its range, both ends included. None passes; NaN fails every comparison."""
+    for name, (low, high) in ranges.items():
+        given = getattr(args, name)
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None and not low <= value <= high:
+                raise ValueError(f"expected --{name.replace('_', '-')} between {low} and {high:g}, got {value}; see --help")
+
+
+def check_folder(folder: Path) -> None:
+    """Raise ValueError unless files can be written there, or the folder can be made: now, and not after the first hour."""
+    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(p))
+    try:
+        with tempfile.TemporaryFile(dir=there):  # permission bits alone miss files and read-only disks
+            pass
+    except OSError as error:
+        raise ValueError(f"expected a folder to write in, got {folder} ({error.strerror}); choose another") from None
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Inside, Ctrl-C and SIGTERM raise KeyboardInterrupt(their number), wherever the program was started from."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt(number)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def command(name: str, work: Callable[[], object]) -> int:
@@ -100,23 +156,21 @@ def command(name: str, work: Callable[[], object]) -> int:
 
     During the steps of a run both signals are only noted, see `Run.signals`.
     """
-    def stop(number: int, frame: object) -> None:
-        raise KeyboardInterrupt(number)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        work()
+        with stoppable():
+            work()
     except KeyboardInterrupt as stopped:
         print(f"{name}: stopped; the same command goes on", file=sys.stderr)
         return 128 + (stopped.args[0] if stopped.args else signal.SIGINT)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
         message = " ".join(str(error).split())
+        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in message):
+            message = "expected enough memory for this size, got too little; take fewer or smaller clips at a time"
+        elif isinstance(error, RuntimeError):
+            raise  # a mistake of ours, which needs its traceback
         print(f"{name}: error: {message}" + ("" if "; " in message else "; check that file and the free space"),
               file=sys.stderr)
         return 2
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     return 0
 
 
@@ -155,7 +209,7 @@ class Run:
         for path in self.states():
             try:
                 tensors, info = load_state(path)
-            except (SafetensorError, OSError, KeyError) as error:
+            except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
                 print(f"warning: {path} cannot be read ({error}); taking the one before", file=sys.stderr)
                 continue
             break
@@ -165,15 +219,21 @@ class Run:
             if key in self.settings and self.settings[key] != old:
                 raise ValueError(f"expected {key} = {old!r}, with which the run in {self.folder} was begun, got "
                                  f"{self.settings[key]!r}; go on with the old value, or choose another folder")
-        for prefix, named in (("model", self.model), ("average", self.average.shadow)):
-            for k, p in named.items():
-                put(p, tensors[f"{prefix}.{k}"])
+        mine = {f"{prefix}.{k}": p for prefix, named in (("model", self.model), ("average", self.average.shadow))
+                for k, p in named.items()}
+        for name, p in mine.items():
+            if name not in tensors or tensors[name].shape != p.shape:
+                raise ValueError(f"expected a state of this model in {path}, got one without {name} {tuple(p.shape)}; "
+                                 "choose another folder")
+        for name, p in mine.items():
+            put(p, tensors[name])
         self.optimizer.load(tensors)
         self.done, self.seconds = info["step"], info["seconds"]
         self.forget_later_lines()
 
     def save(self) -> None:
-        """Write the state; every process takes part, because each holds only its shards. Raises OSError, one line."""
+        """Write the state; every process takes part, because each holds only its shards. Raises OSError, one line, and
+        ValueError rather than put a state that is no number any more in the place of a good one."""
         tensors = {f"model.{k}": p for k, p in self.model.items()}
         tensors |= {f"average.{k}": v for k, v in self.average.shadow.items()} | self.optimizer.state()
         kept = {}
@@ -183,14 +243,20 @@ class Run:
                 kept[name] = tensor
         if self.rank != 0:
             return
-        info = {"step": self.done, "seconds": self.seconds, "settings": self.settings}
+        path, states = self.folder / f"state-{self.done:08d}.safetensors", self.states()
+        last = f"{states[0]} is still good" if states else "nothing was saved before"
+        for name, tensor in kept.items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"expected finite weights, got NaN or infinity in {name} after step {self.done}; lower "
+                                 f"--lr and run the same command again, {last}")
         try:
-            save_state(self.folder / f"state-{self.done:08d}.safetensors", kept, info)
-        except (OSError, SafetensorError) as error:
-            last = f"{self.states()[0]} is still good" if self.states() else "nothing was saved before"
-            raise OSError(f"cannot save step {self.done} in {self.folder}: {error}; make room and run the same command "
+            save_state(path, kept, {"step": self.done, "seconds": self.seconds, "settings": self.settings})
+        except OSError as error:
+            message = str(error).partition("; ")[0]
+            raise OSError(f"cannot save step {self.done} in {self.folder}: {message}; make room and run the same command "
                           f"again, {last}") from None
-        for old in self.states()[self.keep:]:
+        # Files of later steps are damaged ones that were passed over; they must not push out those that can be read.
+        for old in [state for state in self.states() if state.stem <= path.stem][self.keep:]:
             old.unlink()
 
     @contextmanager

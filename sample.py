@@ -5,23 +5,20 @@
     seed --> noise ----------------------------------------------'
 
 The idea. Every part of ST-DRC (arXiv 2606.02441) has its own file; here they meet, in the order in which data passes
-through them. `denoise` is the paper's inference: reference tokens appended clean to the noisy video tokens at their
-TASS positions, three streams combined by guidance, one Euler step, and the reference dropped before decoding. Without
-this care a reference that is denoised along drifts away from the face, and a "stream without reference" that is made
-of zeros still sees a picture, a grey one.
+through them, stage after stage: each loads its weights, works and frees them, so that the largest stage decides how
+much memory is needed and not their sum. The method at inference is one of them, denoise.py. All that can be checked is
+checked before the first heavy stage begins: a spelling mistake must not cost an hour.
 
-paper:       reference tokens beside the video tokens; three streams; the reference is never decoded (abstract, figure).
-LTX-2.3:     noise schedule, Euler step, estimates x0 = x - sigma * v in float32, default sizes and text scale.
+paper:       a reference picture and a prompt in, a video of that person out (abstract, figure).
+LTX-2.3:     noise schedule, default sizes, steps and text scale.
 our reading: order of guidance and its scales (guidance.py). --rescale measures the spread on the video tokens only,
              because the streams have unequal numbers of tokens.
 
-Conventions. Scales: 1 = plain conditional prediction, 0 = condition absent; --rescale 0 = off. Sigma 1 = noise, 0 =
-data. What the checkpoint's config says under "inference" (size, steps, scales) is the default, otherwise LTX-2.3's own
-numbers: the small bundled model and the 22B model take the same path. Noise is drawn on the CPU, so a seed means the
-same noise on every device. Beside out.mp4 stand out.png (reference and frames) and out.json (what to repeat it with).
-
-    latent = denoise(transformer, context, null_context, reference_tokens, (F, H, W), 24.0, (8, 32), sigmas, noise)
-    video = vae.decode(latent)                                                # (B, C, F, H, W) -> (B, 3, f, h, w)
+Conventions. Scales: 1 = plain conditional prediction, 0 = condition absent; --rescale 0, --guide-range 0 1 and
+--guide-every 1 = off. Sigma 1 = noise, 0 = data. What the checkpoint's config says under "inference" (size, steps,
+scales) is the default, otherwise LTX-2.3's own numbers: the small bundled model and the 22B model take the same path.
+Noise is drawn on the CPU, so a seed means the same noise on every device. Beside out.mp4 stand out.png (reference and
+frames) and out.json (what to repeat it with).
 
 Read next: evaluate.py
 """
@@ -29,40 +26,36 @@ Read next: evaluate.py
 import argparse
 import importlib.metadata
 import math
+import os
+import signal
 import sys
-import tempfile
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import plan
-from checkpoint import check_weights, load_weights, read_metadata
-from guidance import BOTH, NULL, ORDERS, REF, TEXT, guide, stream_weights
+from checkpoint import check_weights, load_weights, read_metadata, shapes_from
+from denoise import INFERENCE, STREAM_NAMES, denoise, guidance_steps
+from frames import open_picture
+from guidance import ORDERS, stream_weights
 from lora import load_lora, lora_changes, read_lora
-from losses import clean_estimate
 from memory import OFFLOADS, cast_linears, load_streamed
-from model import DISTILLED_SIGMAS, TRANSFORMER_PREFIX, TransformerConfig, VideoTransformer, euler_step, ltx_sigmas
-from reference import append_reference, drop_reference, encode_reference, letterbox, unpatchify
-from rope import PLACEMENTS, grid_to_positions, reference_grid, source_phase, video_grid
+from model import DISTILLED_SIGMAS, TRANSFORMER_PREFIX, TransformerConfig, VideoTransformer, ltx_sigmas
+from reference import encode_reference, letterbox, unpatchify
+from rope import PLACEMENTS, reference_grid
+from run import Parser, check_ranges, stoppable
 from text import check_text, encode_once
 from vae import Tiling, VideoVAE, psnr
-from video import write_outputs
+from video import beside, write_outputs
 
 TINY = Path(__file__).resolve().parent / "weights" / "tiny"
-# LTX-2.3: the official defaults; ref_scale is ours. A checkpoint's config["inference"] replaces any of them.
-INFERENCE = {"width": 768, "height": 512, "num_frames": 121, "frame_rate": 24.0, "steps": 30, "text_scale": 3.0,
-             "ref_scale": 2.0, "rescale": 0.0, "stg_scale": 0.0, "stg_blocks": [28], "schedule_tokens": 4096,
-             "reference_psnr_floor": None}
 VAE_PREFIX = "vae."  # LTX-2.3: names in the file
-STREAM_NAMES = {NULL: "null", TEXT: "text", REF: "face", BOTH: "text+face"}
+SMALL = 16  # pixels; our reading: no face can be told from another below
 LTX23_COMMAND = "--checkpoint-path ltx-2.3-22b-dev.safetensors --gemma-root gemma-3-12b-it-qat-q4_0-unquantized"
 EXAMPLES = f"""
 examples:
@@ -71,55 +64,6 @@ examples:
       {LTX23_COMMAND} --lora st-drc.safetensors
   python sample.py --plan     what the real model needs, and which card holds it
 """
-
-
-# ------------------------------------------------------------ the method
-@torch.no_grad()
-def denoise(transformer: nn.Module, context: Tensor, null_context: Tensor, reference_tokens: Tensor | None,
-            grid: tuple[int, int, int], frame_rate: float, scales: tuple[int, int], sigmas: Tensor, noise: Tensor,
-            text_scale: float = 3.0, ref_scale: float = 2.0, order: str = "text_first", rescale: float = 0.0,
-            placement: str = "tass", progress: bool = False, phase_scale: float = 1.0, stg_scale: float = 0.0,
-            stg_blocks: Sequence[int] = (28,)) -> Tensor:
-    """Noise -> latent video (B, C, F, H, W), float32, for a whole batch at once.
-
-    paper: three streams over video tokens with and without the appended reference. LTX-2.3: Euler steps on x0.
-    context, null_context (B, N, D) or (1, N, D); reference_tokens (B, R, C) with R = H*W, or None for text only; grid
-    (F, H, W) in latent cells; scales (time_scale, space_scale) of the VAE; sigmas (steps + 1,) falling to 0; noise
-    (B, F*H*W, C). A stream without reference has no reference tokens at all; a stream of weight 0 is not run.
-    stg_scale, 0 = off: LTX-2.3's perturbed stream, self-attention switched off in stg_blocks; one more call per step.
-    A sample does not depend on its neighbours in the batch unless rescale > 0 (LTX-2.3: one spread for the batch).
-    Raises ValueError when an estimate is not finite, naming the step.
-    """
-    B, L, _ = noise.shape
-    if reference_tokens is None:
-        order, ref_scale = "text_first", 0.0  # what is left is ordinary text guidance
-    video = grid_to_positions(video_grid(*grid), frame_rate, *scales).to(noise.device).expand(B, 3, L, 2)
-    beside = grid_to_positions(reference_grid(*grid, placement), frame_rate, *scales)     # (3, R, 2)
-    phase = source_phase(placement, L, beside.shape[1], phase_scale)                      # None for ST-DRC
-    contexts = {True: context.expand(B, -1, -1), False: null_context.expand(B, -1, -1)}   # (B, N, D) each
-    names = ", ".join(STREAM_NAMES[stream] for stream in stream_weights(text_scale, ref_scale, order))
-
-    x, steps = noise.to(torch.float32), len(sigmas) - 1
-    for i in tqdm(range(steps), desc=f"denoise [{names}]", unit="step", disable=not progress):
-        sigma = sigmas[i].to(noise.device).expand(B)                                      # (B,)
-
-        def predict(text: bool, ref: bool, skip: Sequence[int] = (), x: Tensor = x, sigma: Tensor = sigma) -> Tensor:
-            tokens, timesteps, positions, turn = x, sigma[:, None].expand(B, L), video, None
-            if ref:
-                tokens, timesteps, positions = append_reference(tokens, timesteps, positions, reference_tokens, beside)
-                turn = phase
-            velocity = transformer(tokens, timesteps, sigma, positions, contexts[text], skip_blocks=skip, phase=turn)
-            return clean_estimate(x, drop_reference(velocity, L), sigma)                  # (B, L, C) float32
-
-        def perturb(text: bool, ref: bool, predict: Callable[..., Tensor] = predict) -> Tensor:
-            return predict(text, ref, stg_blocks)
-
-        x0 = guide(predict, text_scale, ref_scale, order, rescale, stg_scale, perturb)    # (B, L, C)
-        if not x0.isfinite().all():
-            raise ValueError(f"expected finite latents, got NaN or infinity at step {i + 1} of {steps}; "
-                             "use --dtype float32 or lower the scales")
-        x = euler_step(x, x0, sigmas[i], sigmas[i + 1])
-    return unpatchify(x, *grid)
 
 
 # ------------------------------------------------------------ stages: each loads its weights, works, and frees them
@@ -131,7 +75,7 @@ def encode_prompts(args: argparse.Namespace, device: torch.device, dtype: torch.
     for name, count in zip(("prompt", "negative prompt"), counts, strict=True):
         if count > context.shape[1]:
             warn(f"the {name} has {count} tokens, only the first {context.shape[1]} are read")
-    return context.split(1)
+    return finite(context, f"the text model in {args.gemma_root} and its connector").split(1)
 
 
 def load_vae(args: argparse.Namespace, config: dict, device: torch.device, dtype: torch.dtype) -> VideoVAE:
@@ -145,14 +89,27 @@ def encode_face(args: argparse.Namespace, config: dict, canvas: Tensor, device: 
     """Reference tokens (1, R, C) and how well the VAE redraws them, in dB."""
     vae = load_vae(args, config, device, dtype)
     picture = canvas.to(device, dtype)                                                    # (1, 3, h, w)
-    reference = encode_reference(vae.encode, picture)                                     # (1, R, C)
+    reference = finite(encode_reference(vae.encode, picture), "the VAE's encoder")        # (1, R, C)
     seen = vae.decode(unpatchify(reference, 1, args.height // vae.space_scale, args.width // vae.space_scale))
-    fidelity = psnr(seen[:, :, 0].float(), picture.float()).item()
+    fidelity = psnr(finite(seen, "the VAE's decoder")[:, :, 0].float(), picture.float()).item()
     floor = config.get("inference", {}).get("reference_psnr_floor")
     if floor is not None and fidelity < floor:  # a VAE that cannot redraw a picture has never seen its kind
         warn(f"the reference survives encoding at {fidelity:.1f} dB, below {floor:g}: this checkpoint only knows the "
              f"procedural world's people, so the face will not be followed; {LTX23_COMMAND} load LTX-2.3")
     return reference, fidelity
+
+
+def finite(numbers: Tensor, source: str) -> Tensor:
+    """Numbers as they are; a damaged file shows where its part is used and not an hour later, in the picture."""
+    if not numbers.isfinite().all():
+        raise ValueError(f"expected finite numbers from {source}, got NaN or infinity; use --dtype float32, or download "
+                         "the weights again")
+    return numbers
+
+
+def latent_grid(args: argparse.Namespace, vae: VideoVAE) -> tuple[int, int, int]:
+    """Frames, rows and columns of the latent video."""
+    return (args.num_frames - 1) // vae.time_scale + 1, args.height // vae.space_scale, args.width // vae.space_scale
 
 
 def load_transformer(args: argparse.Namespace, config: dict, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -175,15 +132,14 @@ def generate(args: argparse.Namespace, config: dict, contexts: tuple[Tensor, Ten
              vae: VideoVAE, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Latent video (1, C, F, H, W). vae: for its scales alone, it needs no weights."""
     transformer = load_transformer(args, config, device, dtype)
-    scales = (vae.time_scale, vae.space_scale)
-    grid = ((args.num_frames - 1) // scales[0] + 1, args.height // scales[1], args.width // scales[1])
+    scales, grid = (vae.time_scale, vae.space_scale), latent_grid(args, vae)
     generator = torch.Generator().manual_seed(args.seed)
     noise = torch.randn(1, math.prod(grid), vae.latent_channels, generator=generator).to(device)
     sigmas = torch.tensor(DISTILLED_SIGMAS) if args.distilled else ltx_sigmas(args.num_inference_steps,
                                                                               args.schedule_tokens)
     return denoise(transformer, *contexts, reference, grid, args.frame_rate, scales, sigmas, noise, args.text_scale,
                    args.ref_scale, args.order, args.rescale, args.placement, True, args.phase_scale, args.stg_scale,
-                   args.stg_blocks)
+                   args.stg_blocks, args.guide_range, args.guide_every)
 
 
 def decode(args: argparse.Namespace, config: dict, latent: Tensor, device: torch.device,
@@ -232,11 +188,10 @@ def stage(name: str, seconds: dict[str, float], device: torch.device):
 
 
 # ------------------------------------------------------------ what the user asked for, checked before any heavy work
-class Parser(argparse.ArgumentParser):
-    """One line per mistake; argparse alone prints the whole usage first."""
-
-    def error(self, message: str) -> None:
-        self.exit(2, f"sample.py: error: {message}; see sample.py --help\n")
+def one_line(text: str) -> str:
+    """Whatever a library or a file name had to say, as one line that fits a screen and cannot steer a terminal."""
+    text = " ".join("".join(char if char.isprintable() else " " for char in text).split())
+    return text if len(text) <= 500 else f"{text[:250]} ... {text[-200:]}"
 
 
 def build_parser() -> Parser:
@@ -262,6 +217,9 @@ def build_parser() -> Parser:
     add("--text-scale", type=float, help=f"1 = prompt not amplified {known['text_scale']}")
     add("--ref-scale", type=float, help=f"1 = face not amplified, 0 = no face {known['ref_scale']}")
     add("--rescale", type=float, help=f"0 = off, 0.7 calms burnt colours {known['rescale']}")
+    add("--guide-range", type=float, nargs=2, metavar=("LOW", "HIGH"),
+        help=f"noise levels at which all streams are run, elsewhere one {known['guide_range']}")
+    add("--guide-every", type=int, help=f"run all streams every so many steps only {known['guide_every']}")
     add("--stg-scale", type=float, help=f"perturbed stream, LTX-2.3 uses 1, 0 = off {known['stg_scale']}")
     add("--stg-blocks", type=int, nargs="+", metavar="BLOCK", help=f"what it perturbs {known['stg_blocks']}")
     add("--distilled", action="store_true", help="distilled weights: 8 fixed steps, one stream, no scales (default: off)")
@@ -293,7 +251,8 @@ def resolve(args: argparse.Namespace) -> tuple[dict, Tensor]:
     config = metadata["config"]
     transformer, vae = check_parts(args, config)
     resolve_loras(args, transformer, metadata)
-    resolve_numbers(args, {**INFERENCE, **config.get("inference", {})}, vae)
+    defaults = read_defaults(config, args.checkpoint_path)
+    resolve_numbers(args, defaults, vae)
     resolve_streams(args, transformer.config.num_layers)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("expected a CUDA device, got none on this machine; use --device cpu")
@@ -301,12 +260,15 @@ def resolve(args: argparse.Namespace) -> tuple[dict, Tensor]:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.dtype == "auto":
         args.dtype = "bfloat16" if args.device == "cuda" else "float32"
+    check_memory(args, config, vae)
     canvas = load_canvas(args.ref, args.height, args.width)
-    if not args.prompt.strip():
-        warn("the prompt is empty, so the video shows whatever the model likes")
-    trained = config.get("inference", {})  # absent in LTX-2.3, which was trained on many sizes
-    if any(getattr(args, name) != trained.get(name, getattr(args, name)) for name in ("height", "width", "num_frames")):
-        warn(f"this checkpoint was trained at {trained['width']}x{trained['height']}, {trained['num_frames']} frames; "
+    if not any(char.isprintable() and not char.isspace() for char in args.prompt):
+        warn("the prompt is empty or nothing that can be read, so the video shows whatever the model likes")
+    if broken_text(args.prompt + args.negative_prompt):
+        warn("a prompt holds bytes that are no text, each is read as '?'")
+    sizes = ("height", "width", "num_frames")  # LTX-2.3 was trained on many sizes, so its config names none
+    if "inference" in config and any(getattr(args, name) != defaults[name] for name in sizes):
+        warn(f"this checkpoint was trained at {defaults['width']}x{defaults['height']}, {defaults['num_frames']} frames; "
              "at another size its videos fall apart")
     # paper: TASS puts the reference beyond the video, up to twice its size. LTX-2.3: trained up to 2048 pixels.
     limit = min(transformer.config.max_pos[1:])
@@ -317,13 +279,9 @@ def resolve(args: argparse.Namespace) -> tuple[dict, Tensor]:
 
 def check_parts(args: argparse.Namespace, config: dict) -> tuple[VideoTransformer, VideoVAE]:
     """Transformer and VAE as shapes; every tensor that will be read is there, and the text model belongs to it."""
-    try:
-        sizes = TransformerConfig.from_checkpoint(config["transformer"])
-        with torch.device("meta"):
-            transformer, vae = VideoTransformer(sizes), VideoVAE(config["vae"])
-    except KeyError as error:
-        raise ValueError(f"expected {error} in the config of {args.checkpoint_path}, got none; "
-                         "use an LTX-2.3 checkpoint") from error
+    with shapes_from(args.checkpoint_path):
+        transformer = VideoTransformer(TransformerConfig.from_checkpoint(config["transformer"]))
+        vae = VideoVAE(config["vae"])
     check_weights(transformer, args.checkpoint_path, TRANSFORMER_PREFIX)
     check_weights(vae, args.checkpoint_path, VAE_PREFIX)
     check_text(args.checkpoint_path, args.gemma_root)
@@ -334,17 +292,19 @@ def check_paths(args: argparse.Namespace) -> None:
     out = args.output_path
     if out.suffix != ".mp4":
         raise ValueError(f"expected an output path ending in .mp4, got {out}; rename --output-path")
+    if broken_text(str(out)):
+        raise ValueError("expected an --output-path of ordinary characters, got bytes that are no text; choose another")
     if not out.parent.is_dir():
         raise ValueError(f"expected an existing output folder, got {out.parent}; create it")
     for target in (out, out.with_suffix(".png"), out.with_suffix(".json")):
         if target.is_dir() or target.resolve() == args.ref.resolve():
             raise ValueError(f"expected {target} to be free for the output, got a folder or the reference itself; "
                              "change --output-path")
-    try:
-        with tempfile.TemporaryFile(dir=out.parent):  # permission bits alone miss read-only and full disks
-            pass
+    try:  # permission bits alone miss read-only disks, full ones, and names that are too long
+        beside(out).touch()
+        beside(out).unlink()
     except OSError as error:
-        raise ValueError(f"expected a writable folder, got {out.parent} ({error}); change --output-path") from error
+        raise ValueError(f"expected a writable folder, got {out.parent} ({error.strerror}); change --output-path") from error
     for name in ("config.json", "tokenizer.json"):
         if not (args.gemma_root / name).is_file():
             raise ValueError(f"expected {name} in the Gemma folder {args.gemma_root}, got none; check --gemma-root")
@@ -357,6 +317,11 @@ def check_paths(args: argparse.Namespace) -> None:
         args.lora[i] = (path, float(strength))
     if args.lora and args.lora_mode == "applied" and args.offload != "none":
         raise ValueError("expected --lora-mode fused with --offload, got applied; leave one of them out")
+
+
+def broken_text(text: str) -> bool:
+    """Whether a word of the command line holds what no UTF-8 text can: lone surrogates, as Python keeps odd bytes."""
+    return any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def is_finite(text: str) -> bool:
@@ -391,6 +356,19 @@ def resolve_loras(args: argparse.Namespace, transformer: VideoTransformer, metad
     args.placement = args.placement or next(iter(said.values()), "tass")
 
 
+def read_defaults(config: dict, path: Path) -> dict:
+    """LTX-2.3's own numbers, replaced by what the checkpoint says under "inference"; each is a number, or some."""
+    defaults = {**INFERENCE, **config.get("inference", {})}
+    for name, official in INFERENCE.items():
+        numbers = defaults[name] if isinstance(official, list) else [defaults[name]]
+        numbers = [0] if numbers == [None] and official is None else numbers
+        if not isinstance(numbers, list) or not numbers or any(type(number) not in (int, float) for number in numbers) \
+                or (name == "guide_range" and len(numbers) != 2):
+            raise ValueError(f"expected a number for {name} under 'inference' in the config of {path}, got "
+                             f"{defaults[name]!r:.40}; use another checkpoint")
+    return defaults
+
+
 def resolve_numbers(args: argparse.Namespace, defaults: dict, vae: VideoVAE) -> None:
     steps = len(DISTILLED_SIGMAS) - 1 if args.distilled else defaults["steps"]
     if args.distilled and args.num_inference_steps not in (None, steps):
@@ -398,7 +376,7 @@ def resolve_numbers(args: argparse.Namespace, defaults: dict, vae: VideoVAE) -> 
                          "leave --num-inference-steps out")
     args.num_inference_steps = steps if args.num_inference_steps is None else args.num_inference_steps
     for name in ("height", "width", "num_frames", "frame_rate", "text_scale", "ref_scale", "rescale", "stg_scale",
-                 "stg_blocks"):
+                 "stg_blocks", "guide_range", "guide_every"):
         if getattr(args, name) is None:
             setattr(args, name, defaults[name])
     args.schedule_tokens = defaults["schedule_tokens"]
@@ -410,12 +388,10 @@ def resolve_numbers(args: argparse.Namespace, defaults: dict, vae: VideoVAE) -> 
             rule = f"a multiple of {step}" if offset == 0 else f"{step}*k + {offset}"
             near = f"{lower}" if value < lower else f"{lower} or {lower + step}"
             raise ValueError(f"expected --{name.replace('_', '-')} to be {rule}, got {value}; use {near}")
-    for name, low, high in (("num_inference_steps", 1, 10_000), ("frame_rate", 1, 240), ("text_scale", 0, 1000),
-                            ("ref_scale", 0, 1000), ("rescale", 0, 1), ("stg_scale", 0, 1000),
-                            ("phase_scale", -1000, 1000), ("seed", 0, 2**63 - 1)):
-        if not low <= (value := getattr(args, name)) <= high:  # NaN fails too
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"expected {flag} between {low} and {high}, got {value}; leave it out for the default")
+    check_ranges(args, {"height": (1, 10**6), "width": (1, 10**6), "num_frames": (1, 10**8), "frame_rate": (1, 240),
+                        "num_inference_steps": (1, 10_000), "text_scale": (0, 1000), "ref_scale": (0, 1000),
+                        "rescale": (0, 1), "stg_scale": (0, 1000), "guide_range": (0, 1), "phase_scale": (-1000, 1000),
+                        "seed": (0, 2**63 - 1)})
 
 
 def resolve_streams(args: argparse.Namespace, num_layers: int) -> None:
@@ -423,9 +399,25 @@ def resolve_streams(args: argparse.Namespace, num_layers: int) -> None:
     if args.distilled:
         args.text_scale = args.ref_scale = 1.0
         args.rescale = args.stg_scale = 0.0
+        args.guide_range, args.guide_every = [0.0, 1.0], 1
         print("note: --distilled runs one stream; --text-scale, --ref-scale, --rescale and --stg-scale have no effect")
+    guidance_steps(torch.ones(2), args.guide_range, args.guide_every)  # complains about what it cannot do
     if args.stg_scale and (wrong := [block for block in args.stg_blocks if not 0 <= block < num_layers]):
         raise ValueError(f"expected --stg-blocks between 0 and {num_layers - 1}, got {wrong[0]}; choose another")
+
+
+def check_memory(args: argparse.Namespace, config: dict, vae: VideoVAE) -> None:
+    """Refuse a size that cannot fit before anything of it is allocated: the system would kill us without a word."""
+    if args.device == "cuda":
+        there = torch.cuda.get_device_properties(0).total_memory
+    else:
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    least = plan.least_bytes(config, latent_grid(args, vae), getattr(torch, args.dtype), not args.no_tiling)
+    part = max(least, key=least.get)
+    if least[part] > there:
+        raise ValueError(f"expected a size that fits, got {args.width}x{args.height}, {args.num_frames} frames: to {part} "
+                         f"would take {plan.short(least[part], 'B')} besides the weights, this machine has "
+                         f"{plan.short(there, 'B')}; lower --width, --height or --num-frames")
 
 
 def load_canvas(path: Path, height: int, width: int) -> Tensor:
@@ -434,12 +426,14 @@ def load_canvas(path: Path, height: int, width: int) -> Tensor:
         got = "a folder" if path.is_dir() else "no such file"
         raise ValueError(f"expected a picture at {path}, got {got}; check --ref")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # broken camera notes, and large photos below PIL's hard limit
-            with Image.open(path) as image:
-                return letterbox(image, height, width)[None]
-    except Exception as error:  # decoders raise nearly every type there is on damaged files
-        raise ValueError(f"expected a readable picture, got {path} ({error}); save it as PNG or JPEG") from error
+        image = open_picture(path)
+        canvas = letterbox(image, height, width)[None]
+    except (ValueError, OSError) as error:
+        found = getattr(error, "detail", error)
+        raise ValueError(f"expected a readable picture at {path}, got {found}; save it as PNG or JPEG, not huge") from error
+    if min(image.size) < SMALL:
+        warn(f"the reference has {image.width}x{image.height} pixels, too few to show a face")
+    return canvas
 
 
 def settings(args: argparse.Namespace) -> dict:
@@ -470,18 +464,22 @@ def main(arguments: list[str] | None = None) -> int:
     reasons = {"device": "asked for" if args.device != "auto" else "found", "seed": "noise drawn on the CPU",
                "dtype": "asked for" if args.dtype != "auto" else "the device's default"}
     try:
-        if args.plan:
-            print_plan(args)
-            return 0
-        config, canvas = resolve(args)
-        for name, reason in reasons.items():
-            print(f"{name:8s}{getattr(args, name)} ({reason})")
-        if args.dry_run:
-            print(*(f"  {name} = {value!r}" for name, value in settings(args).items()), sep="\n")
-            return 0
-        run(args, config, canvas)
+        with stoppable():
+            if args.plan:
+                print_plan(args)
+                return 0
+            config, canvas = resolve(args)
+            for name, reason in reasons.items():
+                print(f"{name:8s}{getattr(args, name)} ({reason})")
+            if args.dry_run:
+                print(*(f"  {name} = {value!r}" for name, value in settings(args).items()), sep="\n")
+                return 0
+            run(args, config, canvas)
+    except KeyboardInterrupt as stopped:
+        print("sample.py: stopped; files that were there are as they were", file=sys.stderr)
+        return 128 + (stopped.args[0] if stopped.args else signal.SIGINT)
     except (ValueError, OSError, SafetensorError, RuntimeError, MemoryError) as error:
-        message = " ".join(str(error).split())  # one line, whatever a library had to say
+        message = one_line(str(error))
         if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in message):
             message = "expected enough memory for this size, got too little; lower --width, --height or --num-frames"
         elif isinstance(error, RuntimeError):

@@ -14,7 +14,7 @@ LTX-2.3: everything else here. Names match the checkpoint, so real weights load 
 Conventions
   ids      int64, BOS (2) in front, no EOS, no chat template, padded on the LEFT with 0 to N
   mask     (B, N), 1 = real token, 0 = padding
-  states   tuple of layers + 1 tensors (B, N, Dg): scaled embeddings first, last one after Gemma's final norm
+  states   tuple of layers + 1 tensors (B, N, Dg), Dg Gemma's width: scaled embeddings first, last one after its norm
   context  (B, N, D), D the width of the video transformer; nothing in it is masked
   The states of padded rows are meaningless (they depend on the attention kernel); nothing here lets them through.
   The null prompt of guidance is the empty string sent through all of this, not a tensor of zeros.
@@ -26,13 +26,17 @@ our reading: the tiny stand-in has its own vocabulary, made by `train_bpe` in Ge
     with torch.no_grad():
         context = encoder.encode(["A woman laughs in the rain.", ""])         # (2, 1024, 4096)
 
+    python text.py "a person nods in the snow" "a person nods at night"    # draws both with the bundled checkpoint
+
 Read next: vae.py
 """
 
 import copy
+import heapq
 import json
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -41,10 +45,21 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from checkpoint import check_weights, load_weights, open_file, read_metadata
+from checkpoint import (
+    MOST_LAYERS,
+    TYPES,
+    check_weights,
+    load_weights,
+    open_file,
+    parse_json,
+    read_metadata,
+    read_text,
+    shapes_from,
+)
 from memory import stream_blocks
 from model import Attention, FeedForward, Linear
 from rope import rotary_tables
@@ -78,12 +93,12 @@ class Tokenizer:
         # Gemma's file lists 514,906 merges: rank = place in the list. Old files write "a b", new ones ["a", "b"].
         merges = data["model"]["merges"]
         self.rank = {tuple(m.split(" ")) if isinstance(m, str) else tuple(m): i for i, m in enumerate(merges)}
-        added = {token["content"]: token["id"] for token in data.get("added_tokens", [])}
+        added = {token["content"]: token["id"] for token in data.get("added_tokens") or []}
         self.vocab.update(added)
         self.pieces = {index: piece for piece, index in self.vocab.items()}
         self.pad, self.bos = self.vocab["<pad>"], self.vocab["<bos>"]
         longest_first = sorted(added, key=len, reverse=True)  # a regex takes the first alternative that fits
-        self._added = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+        self._added = re.compile("(" + ("|".join(map(re.escape, longest_first)) or r"\b\B") + ")")  # none: never fits
         # No piece of Gemma's has a space after a letter, so no merge crosses into the next word and words can be
         # encoded one by one. That is exact, and it makes encoding fast; a vocabulary that lacks this is not split.
         crosses = any(SPACE in piece.lstrip(SPACE) for piece in self.vocab if piece not in added)
@@ -91,20 +106,30 @@ class Tokenizer:
         self._seen: dict[str, tuple[int, ...]] = {}  # words encoded before
 
     def _encode_word(self, word: str) -> tuple[int, ...]:
+        """Join the pair that stands highest in the list, the leftmost of equals, until none is listed.
+
+        The pairs wait in a heap: searching all of them for each merge would take minutes for 100,000 characters without
+        a space. A joined part leaves "" behind, and `after`, `before` (places of the neighbours) skip it.
+        """
         parts: list[str] = []
         for char in word:
             parts += [char] if char in self.vocab else [BYTE_PIECES[b] for b in char.encode("utf-8", "replace")]
-        never = len(self.rank)
-        ranks = [self.rank.get(pair, never) for pair in pairwise(parts)]  # ranks[i]: joining part i with part i+1
-        while ranks and (best := min(ranks)) < never:
-            i = ranks.index(best)  # the leftmost one, where the same pair occurs twice
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-            del ranks[i]
-            if i > 0:
-                ranks[i - 1] = self.rank.get((parts[i - 1], parts[i]), never)
-            if i < len(ranks):
-                ranks[i] = self.rank.get((parts[i], parts[i + 1]), never)
-        return tuple(self.vocab[part] for part in parts)
+        last = len(parts)
+        after, before = list(range(1, last + 1)), list(range(-1, last - 1))
+        heap = [(self.rank[pair], i, *pair) for i, pair in enumerate(pairwise(parts)) if pair in self.rank]
+        heapq.heapify(heap)
+        while heap:
+            _, i, left, right = heapq.heappop(heap)
+            j = after[i]
+            if parts[i] != left or j == last or parts[j] != right:
+                continue  # one of the two has been joined since
+            parts[i], parts[j], after[i] = left + right, "", after[j]
+            if after[j] < last:
+                before[after[j]] = i
+            for a, b in ((before[i], i), (i, after[i])):
+                if 0 <= a and b < last and (rank := self.rank.get((parts[a], parts[b]))) is not None:
+                    heapq.heappush(heap, (rank, a, parts[a], parts[b]))
+        return tuple(self.vocab[part] for part in parts if part)
 
     def raw_ids(self, text: str) -> list[int]:
         """The ids of exactly this text: nothing stripped, no BOS."""
@@ -146,8 +171,8 @@ def _read_json(path: Path) -> dict:
     if not path.is_file():
         raise ValueError(f"expected {path.name} in {path.parent}, got no such file; download the whole Gemma folder")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # broken JSON, or bytes that are no text
+        data = parse_json(read_text(path))
+    except (ValueError, OSError) as error:  # broken JSON, or bytes that are no text
         raise ValueError(f"expected JSON in {path}, got {error}; download it again") from error
     if not isinstance(data, dict):
         raise ValueError(f"expected a JSON object in {path}, got a {type(data).__name__}; download it again")
@@ -155,20 +180,43 @@ def _read_json(path: Path) -> dict:
 
 
 def _check_tokenizer(data: dict) -> None:
-    model, normalizer = data.get("model") or {}, data.get("normalizer") or {}
+    model, normalizer, added = data.get("model") or {}, data.get("normalizer") or {}, data.get("added_tokens") or []
+    if not (isinstance(model, dict) and isinstance(normalizer, dict) and isinstance(added, list)):
+        raise ValueError("expected objects 'model' and 'normalizer' and a list 'added_tokens', got something else; use "
+                         "Gemma 3's tokenizer.json")
     if model.get("type") != "BPE" or not model.get("byte_fallback"):
         kind = f"{model['type']} without it" if "type" in model else "no 'model' of a known type"
         raise ValueError(f"expected BPE with byte_fallback, got {kind}; use Gemma 3's tokenizer.json")
     if absent := {"vocab", "merges"} - set(model):
         raise ValueError(f"expected {min(absent)!r} in the model, got none; use Gemma 3's tokenizer.json")
+    _check_pieces(model["vocab"], model["merges"], added)
     if missing := [piece for piece in SPECIAL_PIECES + BYTE_PIECES if piece not in model["vocab"]]:
         raise ValueError(f"expected {missing[0]} in the vocabulary, got none; use Gemma 3's tokenizer.json")
     if normalizer.get("pattern") != {"String": " "} or normalizer.get("content") != SPACE:
-        raise ValueError(f"expected ' ' to become '{SPACE}', got normalizer {normalizer}; use Gemma 3's tokenizer.json")
-    for token in data.get("added_tokens", []):
+        raise ValueError(f"expected ' ' to become '{SPACE}', got normalizer {normalizer!s:.80}; use Gemma 3's file")
+    for token in added:
         for flag in ("normalized", "lstrip", "rstrip", "single_word"):
             if token.get(flag):
-                raise ValueError(f"expected added tokens without {flag}, got {token['content']!r} with it; clear it")
+                raise ValueError(f"expected added tokens without {flag}, got {token['content']!r:.40} with it; clear it")
+
+
+def _check_pieces(vocab: object, merges: object, added: list) -> None:
+    """Ids are numbers, merges are pairs that make a piece of the vocabulary: nothing fails in the middle of a prompt."""
+    advice = "use Gemma 3's tokenizer.json"
+    if not (isinstance(vocab, dict) and isinstance(merges, list)):
+        raise ValueError(f"expected an object 'vocab' and a list 'merges', got something else; {advice}")
+    for token in added:
+        if not (isinstance(token, dict) and isinstance(token.get("content"), str) and token["content"] and "id" in token):
+            raise ValueError(f"expected added tokens with a content and an id, got {token!r:.40}; {advice}")
+    for index in (*vocab.values(), *(token["id"] for token in added)):
+        if type(index) is not int or index < 0:
+            raise ValueError(f"expected ids 0, 1, 2, ... in the vocabulary, got {index!r:.40}; {advice}")
+    for merge in merges:
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) and part for part in pair)):
+            raise ValueError(f"expected merges of two pieces, got {merge!r:.40}; {advice}")
+        if pair[0] + pair[1] not in vocab:
+            raise ValueError(f"expected {pair[0] + pair[1]!r:.40} of a merge in the vocabulary, got none; {advice}")
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> dict:
@@ -272,13 +320,20 @@ class GemmaConfig:
             object.__setattr__(self, "layer_types", _layer_types(self.num_hidden_layers, 6))
         if len(self.layer_types) != self.num_hidden_layers:
             raise ValueError(f"expected {self.num_hidden_layers} layer_types, got {len(self.layer_types)}; fix config")
+        if unknown := [kind for kind in self.layer_types if kind not in ("sliding_attention", "full_attention")]:
+            raise ValueError(f"expected sliding_attention or full_attention, got {unknown[0]!r:.40}; fix config.json")
         if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
             raise ValueError("expected query heads a multiple of key/value heads and an even head_dim; fix config.json")
 
     @classmethod
     def from_folder(cls, folder: str | os.PathLike) -> "GemmaConfig":
         """Read `config.json` of a Hugging Face folder. Raises ValueError when it is absent or no Gemma 3."""
-        return cls.from_dict(_read_json(Path(folder) / "config.json"))
+        path = Path(folder) / "config.json"
+        data = _read_json(path)
+        try:
+            return cls.from_dict(data)
+        except (TypeError, AttributeError, ArithmeticError) as error:  # a list where an object belongs, and so on
+            raise ValueError(f"expected the settings of a Gemma 3 in {path}, got {error}; download it again") from error
 
     @classmethod
     def from_dict(cls, config: dict) -> "GemmaConfig":
@@ -289,14 +344,15 @@ class GemmaConfig:
         """
         config = config.get("text_config", config)
         if (kind := config.get("model_type", "gemma3_text")) not in ("gemma3", "gemma3_text"):
-            raise ValueError(f"expected model_type gemma3 or gemma3_text, got {kind}; use a Gemma 3 folder")
+            raise ValueError(f"expected model_type gemma3 or gemma3_text, got {kind!s:.40}; use a Gemma 3 folder")
         wanted = {"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False, "attn_logit_softcapping": None,
                   "use_bidirectional_attention": False}  # fmt: skip
         for key, value in wanted.items():
             if (config.get(key) or value) != value:
-                raise ValueError(f"expected {key} = {value}, got {config[key]}; use a Gemma 3 text model")
+                raise ValueError(f"expected {key} = {value}, got {config[key]!s:.40}; use a Gemma 3 text model")
         same_name = [n for n in cls.__dataclass_fields__ if not n.endswith(("_theta", "_factor", "_types"))]
         values = {name: config[name] for name in same_name if config.get(name) is not None}
+        cls._check_numbers(values)
         layers = values.get("num_hidden_layers", cls.num_hidden_layers)
         pattern = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or 6
         values["layer_types"] = tuple(config.get("layer_types") or _layer_types(layers, pattern))
@@ -305,11 +361,22 @@ class GemmaConfig:
         local = new.get("sliding_attention") or {}
         for kind in (scaling.get("rope_type", scaling.get("type")), local.get("rope_type")):
             if kind not in (None, "default", "linear") or (local.get("factor") or 1) != 1:
-                raise ValueError(f"expected linear rotary scaling on full layers only, got {kind}; use Gemma 3")
+                raise ValueError(f"expected linear rotary scaling on full layers only, got {kind!s:.40}; use Gemma 3")
         values["global_theta"] = scaling.get("rope_theta") or config.get("rope_theta") or cls.global_theta
         values["local_theta"] = local.get("rope_theta") or config.get("rope_local_base_freq") or cls.local_theta
         values["global_factor"] = scaling.get("factor") or 1.0
+        cls._check_numbers(values)
         return cls(**values)
+
+    @classmethod
+    def _check_numbers(cls, values: dict) -> None:
+        """Every size a number of its kind, above 0 and not absurd: a billion layers would be built for ever."""
+        for name, value in values.items():
+            kind = cls.__dataclass_fields__[name].type
+            most = MOST_LAYERS if name == "num_hidden_layers" else 1e6 if kind is int else 1e12
+            if kind in (int, float) and (type(value) not in (int, kind) or not 0 < value <= most):  # NaN fails too
+                raise ValueError(f"expected {'an integer' if kind is int else 'a number'} above 0 and up to {most:g} for "
+                                 f"{name}, got {value!r:.40}; download config.json again")
 
     def to_dict(self) -> dict:
         """The content of a text-only config.json that both this file and the transformers library read."""
@@ -340,6 +407,7 @@ class GemmaNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (..., width) -> the same shape and type."""
         y = x.float()
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
         return (y * (1 + self.weight.float())).to(x.dtype)
@@ -362,11 +430,14 @@ class GemmaAttention(nn.Module):
         self.k_norm = GemmaNorm(hd, config.rms_norm_eps)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], allowed: Tensor) -> Tensor:
+        """x (B, N, Dg), rotary cos and sin (N, hd/2), allowed (B, 1, N, N) -> (B, N, Dg)."""
         B, N, _ = x.shape
-        q, k, v = (p(x).view(B, N, -1, self.hd).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate_halves(self.q_norm(q), *rotary), rotate_halves(self.k_norm(k), *rotary)  # (B, nh, N, hd)
-        k = k.repeat_interleave(self.groups, dim=1)
-        v = v.repeat_interleave(self.groups, dim=1)
+        q = self.q_proj(x).view(B, N, -1, self.hd).transpose(1, 2)  # (B, nh, N, hd)
+        k = self.k_proj(x).view(B, N, -1, self.hd).transpose(1, 2)  # (B, nh / groups, N, hd)
+        v = self.v_proj(x).view(B, N, -1, self.hd).transpose(1, 2)  # (B, nh / groups, N, hd)
+        q = rotate_halves(self.q_norm(q), *rotary)  # (B, nh, N, hd)
+        k = rotate_halves(self.k_norm(k), *rotary).repeat_interleave(self.groups, dim=1)  # (B, nh, N, hd)
+        v = v.repeat_interleave(self.groups, dim=1)  # (B, nh, N, hd)
         out = F.scaled_dot_product_attention(q, k, v.to(q.dtype), attn_mask=allowed, scale=self.scale)
         return self.o_proj(out.transpose(1, 2).reshape(B, N, -1))  # (B, N, Dg)
 
@@ -381,7 +452,7 @@ class GemmaMLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))  # (B, N, Dg)
 
 
 class GemmaLayer(nn.Module):
@@ -398,8 +469,9 @@ class GemmaLayer(nn.Module):
         self.post_feedforward_layernorm = GemmaNorm(width, eps)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], allowed: Tensor) -> Tensor:
-        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), rotary, allowed))
-        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        y = self.self_attn(self.input_layernorm(x), rotary, allowed)  # (B, N, Dg)
+        x = x + self.post_attention_layernorm(y)  # (B, N, Dg)
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))  # (B, N, Dg)
 
 
 class GemmaTextModel(nn.Module):
@@ -425,7 +497,7 @@ class GemmaTextModel(nn.Module):
             "full_attention": attention_allowed(mask, N),
             "sliding_attention": attention_allowed(mask, config.sliding_window),
         }  # each (B, 1, N, N)
-        x = self.embed_tokens(ids)
+        x = self.embed_tokens(ids)  # (B, N, Dg)
         # LTX-2.3 (Gemma): the factor itself is rounded to the weights' type: 62.0 in bf16 for the 12B, not 61.97.
         x = x * torch.tensor(config.hidden_size**0.5, dtype=x.dtype, device=x.device)  # (B, N, Dg)
         rotary = {
@@ -434,7 +506,7 @@ class GemmaTextModel(nn.Module):
         }
         states = [x]
         for layer, kind in zip(self.layers, config.layer_types, strict=True):
-            x = layer(x, rotary[kind], allowed[kind])
+            x = layer(x, rotary[kind], allowed[kind])  # (B, N, Dg)
             states.append(x)
         states[-1] = self.norm(x)
         return tuple(states)
@@ -483,7 +555,7 @@ def load_gemma(
 ) -> GemmaTextModel:
     """Gemma 3 from a Hugging Face folder: config.json and one or several safetensors files.
 
-    dtype None keeps what is stored. offload "cpu" or "disk": the layers come one by one, see memory.py. Vision tower and
+    dtype None keeps what is stored. offload "cpu" or "disk": layers come one by one, see memory.py. Vision tower and
     output layer are never read. Names and shapes are checked before the first number is. Raises ValueError for a folder
     that lacks a file, for a file that is cut off or of another kind, and for a missing or misshapen tensor (naming it).
     """
@@ -514,19 +586,23 @@ def load_gemma(
 
 def _find_gemma(folder: Path, expected: dict[str, Tensor]) -> tuple[dict[str, Path], str]:
     """Which file holds which tensor, and the prefix in front of our names; raises ValueError on whatever is wrong."""
-    where, shapes = {}, {}
+    where, rows = {}, {}
     for path in _gemma_files(folder):
         with open_file(path) as file:
             where.update(dict.fromkeys(file.keys(), path))
-            shapes.update((name, tuple(file.get_slice(name).get_shape())) for name in file.keys())
+            rows.update((name, file.get_slice(name)) for name in file.keys())
     prefix = next((p for p in GEMMA_PREFIXES if p + "embed_tokens.weight" in where), None)
     if prefix is None:
         raise ValueError(f"expected '...embed_tokens.weight' in {folder}, got none; is this a Gemma 3 folder?")
     if missing := [name for name in expected if prefix + name not in where]:
         raise ValueError(f"expected {prefix + missing[0]} in {folder}, got {len(missing)} missing; fetch all files")
     for name, like in expected.items():
-        if (want := tuple(like.shape)) != (got := shapes[prefix + name]):
+        row = rows[prefix + name]
+        if (want := tuple(like.shape)) != (got := tuple(row.get_shape())):
             raise ValueError(f"expected {prefix + name} of shape {want} in {folder}, got {got}; config.json disagrees")
+        if not TYPES.get(row.get_dtype(), torch.uint8).is_floating_point:
+            raise ValueError(f"expected floating-point numbers in {prefix + name} of {folder}, got {row.get_dtype()}; use "
+                             "the bf16 files")
     return where, prefix
 
 
@@ -538,6 +614,8 @@ def _gemma_files(folder: Path) -> list[Path]:
     listed = _read_json(index).get("weight_map")
     if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
         raise ValueError(f"expected a 'weight_map' in {index}, got none; download it again")
+    if outside := [name for name in listed.values() if Path(name).name != name]:
+        raise ValueError(f"expected names of files beside {index}, got {outside[0]!r:.80}; download it again")
     files = [folder / name for name in sorted(set(listed.values()))]
     if absent := [path.name for path in files if not path.is_file()]:
         names = f"{absent[0]} and {len(absent) - 1} more" if len(absent) > 1 else absent[0]
@@ -584,13 +662,13 @@ class FeatureExtractor(nn.Module):
         """
         # Layers differ in scale by orders of magnitude; without this step the loudest one would be all that is heard.
         stack = torch.stack([F.rms_norm(s, (s.shape[-1],), eps=1e-6) for s in states], dim=-1)  # (B, N, Dg, states)
-        flat = stack.flatten(2)  # element j * num_states + l is feature j of state l
+        flat = stack.flatten(2)  # (B, N, Dg * states): element j * states + l is feature j of state l
         return torch.where(mask[..., None] > 0, flat, torch.zeros_like(flat))
 
     def forward(self, states: Sequence[Tensor], mask: Tensor) -> Tensor:
         """states: num_states x (B, N, Dg), mask (B, N) -> features (B, N, D)."""
-        features = self.normalised(states, mask) * self.scale
-        return self.video_aggregate_embed(features.to(self.video_aggregate_embed.weight.dtype))
+        features = self.normalised(states, mask) * self.scale  # (B, N, Dg * states)
+        return self.video_aggregate_embed(features.to(self.video_aggregate_embed.weight.dtype))  # (B, N, D)
 
 
 class ConnectorBlock(nn.Module):
@@ -602,8 +680,8 @@ class ConnectorBlock(nn.Module):
         self.ff = FeedForward(dim)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        x = x + self.attn1(F.rms_norm(x, (x.shape[-1],), eps=1e-6), rotary=rotary)
-        return x + self.ff(F.rms_norm(x, (x.shape[-1],), eps=1e-6))
+        x = x + self.attn1(F.rms_norm(x, (x.shape[-1],), eps=1e-6), rotary=rotary)  # (B, N, D)
+        return x + self.ff(F.rms_norm(x, (x.shape[-1],), eps=1e-6))  # (B, N, D)
 
 
 class Connector(nn.Module):
@@ -635,19 +713,19 @@ class Connector(nn.Module):
             raise ValueError(f"expected a text length divisible by {len(registers)} registers, got {N}; pad more")
         valid = (mask > 0).long()  # (B, N)
         order = valid.argsort(dim=1, descending=True, stable=True)  # stable: the words keep their order
-        moved = features.gather(1, order[..., None].expand(B, N, D))
+        moved = features.gather(1, order[..., None].expand(B, N, D))  # (B, N, D)
         # Counted by place, not from the end of the prompt: which registers are used depends on the prompt's length.
         is_prompt = torch.arange(N, device=mask.device) < valid.sum(1, keepdim=True)  # (B, N)
         return torch.where(is_prompt[..., None], moved, registers.repeat(N // len(registers), 1))
 
     def forward(self, features: Tensor, mask: Tensor) -> Tensor:
         """features (B, N, D), mask (B, N) -> context (B, N, D), every row of which may be attended to."""
-        x = self.fill(features, mask)
+        x = self.fill(features, mask)  # (B, N, D)
         places = torch.arange(x.shape[1], device=x.device, dtype=torch.float32)[None, None]  # (1, 1, N): one axis
-        rotary = rotary_tables(places, x.shape[-1], self.heads, self.theta, self.max_pos)
+        rotary = rotary_tables(places, x.shape[-1], self.heads, self.theta, self.max_pos)  # each (1, nh, N, hd/2)
         for block in self.transformer_1d_blocks:
-            x = block(x, rotary)
-        return F.rms_norm(x, (x.shape[-1],), eps=1e-6)
+            x = block(x, rotary)  # (B, N, D)
+        return F.rms_norm(x, (x.shape[-1],), eps=1e-6)  # (B, N, D)
 
 
 def _check_connector(config: dict) -> None:
@@ -673,12 +751,9 @@ def check_text(
     """
     config = read_metadata(checkpoint)["config"].get("transformer") or {}
     sizes = GemmaConfig.from_folder(gemma_root)
-    try:
-        with torch.device("meta"):
-            extractor = FeatureExtractor(config, sizes.hidden_size, sizes.num_hidden_layers + 1)
-            connector = Connector(config)
-    except KeyError as error:
-        raise ValueError(f"expected {error} in the config of {checkpoint}, got none; use a full header") from error
+    with shapes_from(checkpoint):
+        extractor = FeatureExtractor(config, sizes.hidden_size, sizes.num_hidden_layers + 1)
+        connector = Connector(config)
     try:
         check_weights(extractor, checkpoint, EXTRACTOR_PREFIX)
     except ValueError as error:  # its width is Gemma's: the usual cause is another size of Gemma
@@ -686,7 +761,11 @@ def check_text(
         hint = f", or the Gemma it was trained with: {which}" if "of shape" in str(error) else ""
         raise ValueError(f"{error}{hint}") from error
     check_weights(connector, checkpoint, CONNECTOR_PREFIX)
-    return extractor, connector, sizes, config.get("text_max_length", DEFAULT_TEXT_LENGTH)
+    length, registers = config.get("text_max_length", DEFAULT_TEXT_LENGTH), len(connector.learnable_registers)
+    if not registers or not length or length % registers:
+        raise ValueError(f"expected text_max_length, a multiple of the {registers} registers, in the config of "
+                         f"{checkpoint}, got {length}; use a checkpoint whose config fits its tensors")
+    return extractor, connector, sizes, length
 
 
 def load_tokenizer(gemma_root: str | os.PathLike, sizes: GemmaConfig) -> Tokenizer:
@@ -772,47 +851,181 @@ class TextEncoder(nn.Module):
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """ids, mask (B, N) -> context (B, N, D). For training, where tokenizing is done beforehand."""
-        return self.connector(self.extractor(self.gemma(ids, mask), mask), mask)
+        return self.connector(self.extractor(self.gemma(ids, mask), mask), mask)  # (B, N, D)
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Prompts -> context (B, N, D). "" is the null prompt of guidance."""
         return self(*self.tokenize(prompts))
 
 
-def _demo() -> None:
-    torch.manual_seed(0)
-    captions = ["A woman with red hair laughs in the rain.", "A man with grey hair turns left in a room.",
-                "A woman with dark hair comes closer in a room.", "A man laughs in a bright room."]  # fmt: skip
-    data = train_bpe(captions, vocab_size=340)
-    tokenizer = Tokenizer(data)
-    prompt = "A woman laughs in a café."
-    ids = tokenizer.encode(prompt)
-    print(f"vocabulary: {len(data['model']['vocab'])} pieces, {len(data['model']['merges'])} merges\n")
-    print(f"prompt  {prompt!r}\npieces  {' '.join(tokenizer.pieces[i] for i in ids)}\nids     {ids}")
-    print(f"back    {tokenizer.decode(ids)!r}\n")
+# ------------------------------------------------------------ demo
 
-    sizes = GemmaConfig(vocab_size=340, hidden_size=32, intermediate_size=64, num_hidden_layers=6, head_dim=8,
-                        num_attention_heads=4, num_key_value_heads=2, sliding_window=16)  # fmt: skip
-    config = {"connector_num_attention_heads": 4, "connector_attention_head_dim": 12, "connector_num_layers": 2,
-              "connector_num_learnable_registers": 16}  # fmt: skip
-    extractor = FeatureExtractor(config, sizes.hidden_size, sizes.num_hidden_layers + 1)
-    encoder = TextEncoder(tokenizer, GemmaTextModel(sizes), extractor, Connector(config), length=32)
+TINY = Path(__file__).parent / "weights" / "tiny"
+PROMPT, OTHER = (f"a person in a {color} shirt grins in a café, in daylight" for color in ("red", "blue"))
+COLUMNS, CELL, MARGIN = 16, 90, 30  # of the picture's grids; pixels
+INK, GREY, PADDING = (40, 40, 40), (110, 110, 110), (240, 240, 240)
+KINDS = {"special": (205, 205, 205), "piece": (158, 202, 235), "single character": (176, 222, 176),
+         "byte of a character that the vocabulary lacks": (250, 200, 120), "register": (222, 208, 240)}  # fmt: skip
+
+
+def kind_of(piece: str) -> str:
+    """Which of KINDS a piece of the vocabulary is."""
+    if piece in SPECIAL_PIECES:
+        return "special"
+    if piece in BYTE_OF_PIECE:
+        return "byte of a character that the vocabulary lacks"
+    return "piece" if len(piece) > 1 else "single character"
+
+
+@torch.no_grad()
+def row_sources(connector: Connector, features: Tensor, mask: Tensor) -> Tensor:
+    """What `connector.fill` puts into each row, found by comparing numbers: (B, N) int64.
+
+    features (B, N, D), mask (B, N). p >= 0 is the token at place p of `features`, -1 - r is register r.
+    """
+    filled, N = connector.fill(features, mask), mask.shape[1]
+    tokens = (filled[:, :, None] == features[:, None]).all(-1) & (mask[:, None] > 0)  # (B, N, N)
+    registers = (filled[:, :, None] == connector.learnable_registers.to(filled.dtype)).all(-1)  # (B, N, registers)
+    first = torch.cat([tokens, registers], dim=-1).long().argmax(-1)  # (B, N)
+    return torch.where(first < N, first, N - 1 - first)
+
+
+@torch.no_grad()
+def row_changes(encoder: TextEncoder, prompt: str, other: str) -> tuple[Tensor, Tensor]:
+    """How far each row of the features and of the context is from that of another prompt: root mean square, (N,) each.
+
+    Both prompts' features are compared as the connector gets them, prompt first.
+    """
+    ids, mask = encoder.tokenize([prompt, other])
+    features = encoder.extractor(encoder.gemma(ids, mask), mask)  # (2, N, D)
+    filled, context = encoder.connector.fill(features, mask), encoder.connector(features, mask)
+    return tuple((x[0] - x[1]).float().square().mean(-1).sqrt() for x in (filled, context))
+
+
+def draw(encoder: TextEncoder, prompt: str, other: str) -> Image.Image:
+    """Pieces of a prompt, the rows that Gemma and the connector read, and what another prompt changes in the context.
+
+    For an encoder of few rows (48 in the tiny one). Low blocks are drawn as "_".
+    """
+    tokenizer, shown = encoder.tokenizer, [prompt, ""]
+    ids, mask = encoder.tokenize(shown)  # (2, N)
+    with torch.no_grad():
+        sources = row_sources(encoder.connector, encoder.extractor(encoder.gemma(ids, mask), mask), mask)  # (2, N)
+    pieces = [[tokenizer.pieces[i] for i in row] for row in ids.tolist()]
+    N, count = encoder.length, len(encoder.connector.learnable_registers)
+    lines = -(-N // COLUMNS)  # rounded up
+    picture = Image.new("RGB", (2 * MARGIN + COLUMNS * CELL, 4 * (lines * 32 + 52) + 60 * (2 + N // 9)), "white")
+    y = _draw_pieces(picture, tokenizer, ids[0][mask[0] > 0].tolist())
+
+    read = [("<pad>", PADDING) if not real else (piece, KINDS[kind_of(piece)])
+            for piece, real in zip(pieces[0], mask[0].tolist(), strict=True)]  # fmt: skip
+    y = _draw_rows(picture, y, f"2. What Gemma reads: {N} places, padding on the left", read)
+    titles = (f"3. What the connector reads: the prompt first; behind it place p takes register p mod {count}",
+              "4. The same for the empty prompt of guidance: one piece and registers, nothing is zero")  # fmt: skip
+    for title, row, source in zip(titles, pieces, sources.tolist(), strict=True):
+        cells = [(row[p], KINDS[kind_of(row[p])]) if p >= 0 else (f"r{-1 - p}", KINDS["register"]) for p in source]
+        y = _draw_rows(picture, y, title, cells)
+    change = row_changes(encoder, prompt, other)[1].tolist()
+    cells = [(f"{value:.2f}", heat(value)) for value in change]
+    what = _difference(tokenizer, prompt, other)
+    title = f"5. How far each row of the context moves {what} (0: not at all; size of a row: 1)"
+    y = _draw_rows(picture, y, title, cells)
+    return picture.crop((0, 0, picture.width, y))
+
+
+def _difference(tokenizer: Tokenizer, prompt: str, other: str) -> str:
+    ours, theirs = tokenizer.encode(prompt), tokenizer.encode(other)
+    pairs = [(a, b) for a, b in zip(ours, theirs, strict=False) if a != b]
+    if len(ours) != len(theirs) or len(pairs) != 1:
+        return "for the other prompt"
+    return "when {} becomes {}".format(*(tokenizer.pieces[i] for i in pairs[0]))
+
+
+def heat(value: float) -> tuple[int, int, int]:
+    """White at 0, red from 1 on, by the square root, so that small changes are seen."""
+    share = min(max(value, 0.0), 1.0) ** 0.5
+    return 255, round(255 - 165 * share), round(255 - 190 * share)
+
+
+def _write(picture: Image.Image, place: tuple, words: str, size: int, color: tuple = INK, anchor: str = "mm") -> float:
+    """Write words and return their width. Pillow's own font has no low block and few accents: "_" and escapes."""
+    font = ImageFont.load_default(size=size)
+    words = words.replace(SPACE, "_").encode("ascii", "backslashreplace").decode()
+    ImageDraw.Draw(picture).text(place, words, color, font, anchor)
+    return font.getlength(words)
+
+
+def _draw_pieces(picture: Image.Image, tokenizer: Tokenizer, ids: list[int]) -> int:
+    """Boxes with ids, in lines; returns where the next part begins."""
+    title = f"1. The prompt as {len(ids)} pieces of the {len(tokenizer.vocab)} in the vocabulary, with their ids"
+    _write(picture, (MARGIN, 30), title, 20, anchor="lm")
+    x, y, paper = MARGIN, 52, ImageDraw.Draw(picture)
+    for i in ids:
+        piece = tokenizer.pieces[i]
+        width = max(round(ImageFont.load_default(size=18).getlength(piece)) + 20, 42)
+        if x + width > picture.width - MARGIN:
+            x, y = MARGIN, y + 60
+        paper.rectangle((x, y, x + width - 4, y + 52), KINDS[kind_of(piece)])
+        _write(picture, (x + width // 2 - 2, y + 18), piece, 18)
+        _write(picture, (x + width // 2 - 2, y + 41), str(i), 14, GREY)
+        x += width
+    x, y = MARGIN, y + 74
+    for name, color in KINDS.items():
+        paper.rectangle((x, y - 7, x + 14, y + 7), color)
+        x += 40 + round(_write(picture, (x + 22, y), name, 15, GREY, anchor="lm"))
+    _write(picture, (x, y), "_ a space", 15, GREY, anchor="lm")
+    return y + 20
+
+
+def _draw_rows(picture: Image.Image, y: int, title: str, cells: list[tuple[str, tuple]]) -> int:
+    """A grid of COLUMNS cells (words, colour), place 0 first; returns where the next part begins."""
+    _write(picture, (MARGIN, y + 24), title, 20, anchor="lm")
+    for p, (words, color) in enumerate(cells):
+        left, top = MARGIN + p % COLUMNS * CELL, y + 42 + p // COLUMNS * 32
+        ImageDraw.Draw(picture).rectangle((left, top, left + CELL - 3, top + 29), color)
+        _write(picture, (left + CELL // 2 - 1, top + 15), words[:11], 15, GREY if words == "<pad>" else INK)
+    return y + 42 + -(-len(cells) // COLUMNS) * 32 + 14
+
+
+def _demo(prompt: str = PROMPT, other: str = OTHER) -> None:
+    """A prompt's road through the bundled checkpoint in numbers, and text_demo.png. Raises ValueError without it."""
+    encoder = TextEncoder.load(TINY / "model.safetensors", TINY / "gemma", dtype=torch.float32)
+    tokenizer, N = encoder.tokenizer, encoder.length
+    ids = tokenizer.encode(prompt)
+    print(f"vocabulary {len(tokenizer.vocab)} pieces, {len(tokenizer.rank)} merges (Gemma 3: 514,906 merges)")
+    print(f"prompt     {prompt!r}\npieces     {' '.join(tokenizer.pieces[i] for i in ids)}\nids        {ids}")
+    print(f"back       {tokenizer.decode(ids)!r}\n")
     with torch.no_grad():
         ids, mask = encoder.tokenize([prompt, ""])
         states = encoder.gemma(ids, mask)
         features = encoder.extractor(states, mask)
-        filled = encoder.connector.fill(features, mask)
         context = encoder.connector(features, mask)
-    print(f"ids, mask  {tuple(ids.shape)}, real tokens per prompt {mask.sum(1).tolist()} (the second prompt is empty)")
-    print(f"states     {len(states)} x {tuple(states[0].shape)}\nfeatures   {tuple(features.shape)}")
-    print(f"context    {tuple(context.shape)}\n")
-    registers = encoder.connector.learnable_registers
-    for row in filled:
-        cells = [next((f"{i:2d}" for i, r in enumerate(registers) if torch.equal(r, x)), " p") for x in row]
-        print("rows       " + " ".join(cells))
-    print("\nNotice: p marks the prompt's tokens, moved to the front; numbers are registers, so the empty prompt fills")
-    print("every row too; and é, which no caption had, became two byte pieces.")
+        noise = torch.where(mask > 0, ids, torch.full_like(ids, 55))
+        padded = (encoder(noise, mask) - context).abs().max()
+    print(f"ids, mask  {tuple(ids.shape)}: this prompt and the empty one, {mask.sum(1).tolist()} real tokens")
+    print(f"states     {len(states)} x {tuple(states[0].shape)}: embeddings and every layer of Gemma")
+    print(f"features   {tuple(features.shape)}: one linear layer over all of them")
+    print(f"context    {tuple(context.shape)}: every row is read by the video transformer")
+    for row in row_sources(encoder.connector, features, mask).tolist():
+        print("rows       " + " ".join("p" if p >= 0 else str(-1 - p) for p in row) + "  (p token, number register)")
+    before, after = row_changes(encoder, prompt, other)
+    tokens = int(mask[0].sum())
+    print(f"\nother ids under the padding change the context by at most {padded:.1e}")
+    print(f"other prompt {other!r}:")
+    print(f"  rows that differ when the connector reads them {int((before > 1e-4).sum())} of {N}, "
+          f"in the context {int((after > 1e-4).sum())} of {N}")
+    if tokens < N:
+        print(f"  mean change of the {tokens} prompt rows {after[:tokens].mean():.2f}, "
+              f"of the {N - tokens} register rows {after[tokens:].mean():.2f}")
+    draw(encoder, prompt, other).save("text_demo.png")
+    print("wrote text_demo.png: pieces and ids; the rows of Gemma, of the connector, of the empty prompt; what changes")
+    print("Notice: the empty prompt fills every row too; an unknown letter becomes bytes; another word moves every row "
+          "of the context, for the connector looks everywhere, while Gemma looks only back.")
 
 
 if __name__ == "__main__":
-    _demo()
+    try:
+        _demo(*sys.argv[1:3])
+    except ValueError as error:
+        print(f"text.py: error: {error}", file=sys.stderr)
+        sys.exit(2)

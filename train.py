@@ -38,8 +38,9 @@ from torch import Generator, Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from augment import AugmentStrength, augment_reference
-from checkpoint import load_weights, read_metadata, save_changed
-from dataset import Batch, Order, PerClip, RealClips, WorldClips, add_data_arguments, open_data, share
+from cache import load_vae
+from checkpoint import check_weights, read_metadata, save_changed, shapes_from
+from dataset import Batch, Order, PerClip, RealClips, WorldClips, add_data_arguments, check_batch, open_data, share
 from face import FaceNet, faces_of, load_facenet, usable_landmarks
 from lora import add_lora, save_lora
 from losses import IDENTITY_MAX_SIGMA, clean_estimate, face_weighted_loss, flow_matching_loss, identity_loss, total_loss
@@ -48,16 +49,16 @@ from model import TRANSFORMER_PREFIX, TransformerConfig, VideoTransformer, train
 from optim import KEEP_FROM_MUON, Average, MuonAdamW, schedule, split_parameters
 from reference import append_reference, drop_reference, encode_reference, unpatchify
 from rope import PLACEMENTS, grid_to_positions, reference_grid, source_phase, video_grid
-from run import Run, check_finite, command, seeded
+from run import Parser, Run, check_finite, check_folder, check_ranges, command, seeded
+from text import check_text
 from vae import VideoVAE
 from validate import draw_curves, sample_clips, validate
 from workers import average_gradients, can_shard, device_name, settle_thread, shard, start_workers, sum_all, whole
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     """Every default in one place, each with its source."""
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser("train.py", description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, switch = p.add_argument, argparse.BooleanOptionalAction
     add("--checkpoint-path", dest="checkpoint", type=Path, default=Path("runs/base.safetensors"), help="the base model")
     add("--gemma-root", type=Path, default=Path("runs/gemma"), help="folder of the text encoder")
@@ -102,30 +103,41 @@ def parse_arguments() -> argparse.Namespace:
     add("--keep", type=int, default=2, help="how many states are kept, the newest; two, so that a damaged one is no loss")
     add("--validate-every", type=int, default=500, help="steps between validations: loss, contact sheet, curves.png")
     add("--compile", action=switch, default=False, help="torch.compile: minutes at first, then faster")
-    return p.parse_args()
+    return p.parse_args(words)
 
 
 def check_numbers(args: argparse.Namespace) -> None:
-    """Raise ValueError for a number that cannot be meant. NaN fails every comparison."""
-    ranges = dict.fromkeys(("steps", "batch", "accumulate", "rank", "validate_every", "keep"), (1, 1e9))
+    """Raise ValueError for a number that cannot be meant."""
+    ranges = dict.fromkeys(("steps", "validate_every", "keep"), (1, 1e9))
+    ranges |= dict.fromkeys(("batch", "accumulate", "rank"), (1, 4096))
     ranges |= dict.fromkeys(("drop_ref", "drop_both", "drop_text", "decay", "final_lr", "average"), (0, 1))
     ranges |= dict.fromkeys(("augment_color", "augment_pose", "augment_layout"), (0, 10))
     ranges |= dict.fromkeys(("w_face", "w_id", "id_reach", "warmup", "minutes", "save_seconds", "seed"), (0, 2**63 - 1))
     ranges |= dict.fromkeys(("frame_rate", "clip", "lr"), (1e-12, 1e6))
-    for name, (low, high) in ranges.items():
-        if (value := getattr(args, name)) is not None and not low <= value <= high:
-            raise ValueError(f"expected --{name.replace('_', '-')} between {low} and {high:g}, got {value}; see --help")
+    check_ranges(args, ranges)
     if args.optimizer == "muon" and not args.full:
         raise ValueError("expected --full with --optimizer muon, got a LoRA; Muon is for whole matrices, leave it out")
+
+
+def check_files(args: argparse.Namespace, config: dict) -> None:
+    """Raise ValueError for what would otherwise be found out after an hour of encoding clips."""
+    check_folder(args.out)
+    check_weights(shapes(args, config), args.checkpoint, TRANSFORMER_PREFIX)
+    check_text(args.checkpoint, args.gemma_root)
 
 
 # ------------------------------------------------------------ the model and its optimiser
 
 
+def shapes(args: argparse.Namespace, config: dict) -> VideoTransformer:
+    """The transformer without its numbers."""
+    with shapes_from(args.checkpoint):
+        return VideoTransformer(TransformerConfig.from_checkpoint(config["transformer"]))
+
+
 def load_transformer(args: argparse.Namespace, config: dict, device: str, sharded: bool) -> VideoTransformer:
     """Block by block: read, add the LoRA, shard. No process ever holds more than its share and one block."""
-    with torch.device("meta"):
-        model = VideoTransformer(TransformerConfig.from_checkpoint(config["transformer"]))
+    model = shapes(args, config)
     # LTX-2.3: what is trained is kept in float32, what is frozen in the type of the computation.
     dtype = torch.bfloat16 if args.precision == "bf16" and not args.full else torch.float32
 
@@ -292,8 +304,8 @@ def train(args: argparse.Namespace) -> None:
         torch.set_flush_denormal(True)
     torch.manual_seed(args.seed)
     config = read_metadata(args.checkpoint)["config"]
-    vae = load_weights(VideoVAE(config["vae"]), args.checkpoint, "vae.", torch.float32, device)
-    vae.eval().requires_grad_(False)
+    check_files(args, config)
+    vae = load_vae(args.checkpoint, device)
     net = load_facenet(args.face, device) if args.w_id > 0 else None
     data, shown, held_out = open_data(args, vae, device, rank, world_size)
     sharded = args.parallel == "fsdp" and can_shard()
@@ -308,6 +320,7 @@ def train(args: argparse.Namespace) -> None:
         mine = share(everyone, rank, world_size, args.batch)
         generators = [seeded(args.seed, step, place) for place, _ in mine]
         batch = data.batch([i for _, i in mine], generators)
+        check_batch(step, batch, data)
         return everyone, batch, draw(args, batch, generators)
 
     plain = argparse.Namespace(**vars(args) | dict.fromkeys(  # validation: nothing dropped, nothing augmented
@@ -332,17 +345,17 @@ def train(args: argparse.Namespace) -> None:
             total_loss(fm, face, identity, args.w_face, args.w_id).backward()
             terms += found.detach().cpu() * weights
         fm, face, identity = sum_all(terms).tolist()
-        check_finite(step, {"flow matching": fm, "the face-weighted loss": face, "the identity loss": identity},
-                     data.names(everyone))
         average_gradients(run.optimizer.parameters(), world_size)
-        norm = nn.utils.clip_grad_norm_(run.optimizer.parameters(), args.clip)
+        norm = whole(nn.utils.clip_grad_norm_(run.optimizer.parameters(), args.clip)).item()
+        check_finite(step, {"flow matching": fm, "the face-weighted loss": face, "the identity loss": identity,
+                            "the gradient": norm}, data.names(everyone))
         factor = schedule(step, args.steps, args.warmup, args.decay, args.final_lr)
         run.optimizer.step(factor)
         model.zero_grad(set_to_none=True)
         run.average.update(run.model, step)
         shares = (counts[1:] / counts[0]).tolist()  # where a face is missing, its losses are left out, and here it shows
         run.record(loss=fm + args.w_face * face + args.w_id * identity, fm=fm, face=face, id=identity,
-                   lr=factor * run.optimizer.lr_other, gradient=whole(norm).item(), with_face=shares[0], with_id=shares[1])
+                   lr=factor * run.optimizer.lr_other, gradient=norm, with_face=shares[0], with_id=shares[1])
         if (step + 1) % args.validate_every == 0 or step + 1 == args.steps:
             run.report(step + 1, args.batch * args.accumulate)
             validate(run, shown, args.batch, held_out, look,
@@ -355,8 +368,8 @@ def train(args: argparse.Namespace) -> None:
         print(f"wrote {path} after {run.done} steps, {run.seconds / 60:.0f} min")
 
 
-def main() -> int:
-    return command("train.py", lambda: train(parse_arguments()))
+def main(words: list[str] | None = None) -> int:
+    return command("train.py", lambda: train(parse_arguments(words)))
 
 
 if __name__ == "__main__":

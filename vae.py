@@ -32,10 +32,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as nnf
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 # LTX-2.3: what each block of the config does to (time, height, width). "_res" (encoder) has an averaging shortcut.
@@ -94,13 +96,14 @@ class CausalConv3d(nn.Module):
             y = nnf.conv2d(x[:, :, 0], self.conv.weight.sum(dim=2), self.conv.bias, padding=1)
             return y[:, :, None]                                                          # (B, c_out, 1, H, W)
         first, last = x[:, :, :1], x[:, :, -1:]
-        x = torch.cat([first, first, x] if causal else [first, x, last], dim=2)
+        x = torch.cat([first, first, x] if causal else [first, x, last], dim=2)           # (B, c_in, F+2, H, W)
         conv = self.conv
         single = x.device.type == "cpu" and x.dtype == conv.weight.dtype == torch.float32 and x.shape[0] == 1
         single = single and torch.backends.mkldnn.enabled and not torch.is_autocast_enabled("cpu")
         if single and x.numel() > conv.weight.numel():
             # For a single small float32 clip PyTorch itself would take a plain loop, several times slower than oneDNN's.
-            return torch.mkldnn_convolution(x, conv.weight, conv.bias, conv.padding, conv.stride, conv.dilation, 1)
+            x = torch.mkldnn_convolution(x, conv.weight, conv.bias, conv.padding, conv.stride, conv.dilation, 1)
+            return x                                                                      # (B, c_out, F, H, W)
         return conv(x)                                                                    # (B, c_out, F, H, W)
 
 
@@ -113,7 +116,7 @@ class ResBlock(nn.Module):
         self.conv2 = CausalConv3d(width, width)
 
     def forward(self, x: Tensor, causal: bool) -> Tensor:
-        y = self.conv1(nnf.silu(pixel_norm(x)), causal)
+        y = self.conv1(nnf.silu(pixel_norm(x)), causal)                                   # (B, C, F, H, W)
         return x + self.conv2(nnf.silu(pixel_norm(y)), causal)                            # (B, C, F, H, W)
 
 
@@ -149,7 +152,8 @@ class DownBlock(nn.Module):
             y = None if y is None else torch.cat([y, y], dim=2)
         shortcut = space_to_depth(x, self.stride)                                         # (B, c_in*st*sh*sw, F, H, W)
         shortcut = shortcut.unflatten(1, (self.c_out, -1)).mean(dim=2)                    # (B, c_out, F, H, W)
-        return space_to_depth(self.conv(x, causal) if y is None else y, self.stride) + shortcut
+        y = self.conv(x, causal) if y is None else y                # (B, c_out/(st*sh*sw), F*st, H*sh, W*sw)
+        return space_to_depth(y, self.stride) + shortcut                                  # (B, c_out, F, H, W)
 
 
 class UpBlock(nn.Module):
@@ -161,8 +165,8 @@ class UpBlock(nn.Module):
         self.conv = CausalConv3d(c_in, c_out * math.prod(stride))
 
     def forward(self, x: Tensor, causal: bool) -> Tensor:
-        x = depth_to_space(self.conv(x, causal), self.stride)
-        return x[:, :, 1:] if self.stride[0] == 2 else x                                  # (B, c_out, F, H, W)
+        x = depth_to_space(self.conv(x, causal), self.stride)                   # (B, c_out, F*st, H*sh, W*sw)
+        return x[:, :, 1:] if self.stride[0] == 2 else x                        # (B, c_out, F*st-st+1, H*sh, W*sw)
 
 
 def block_list(blocks: list) -> list[tuple[str, int]]:
@@ -206,7 +210,7 @@ class Encoder(nn.Module):
         for block in self.down_blocks:
             x = block(x, True)
         x = self.conv_out(nnf.silu(pixel_norm(x)), True)                                  # (B, C+1, F', H, W)
-        return x[:, :-1]
+        return x[:, :-1]                                                                  # (B, C, F', H, W)
 
 
 class Decoder(nn.Module):
@@ -228,11 +232,11 @@ class Decoder(nn.Module):
         self.conv_out = CausalConv3d(width, config["out_channels"] * self.patch**2)
 
     def forward(self, z: Tensor) -> Tensor:
-        x = self.conv_in(z, False)
+        x = self.conv_in(z, False)                                                        # (B, width, F', H, W)
         for block in self.up_blocks:
             x = block(x, False)
         x = self.conv_out(nnf.silu(pixel_norm(x)), False)                                 # (B, 3*p*p, F, h/p, w/p)
-        return unpatch_pixels(x, self.patch)
+        return unpatch_pixels(x, self.patch)                                              # (B, 3, F, h, w)
 
 
 @dataclass(frozen=True)
@@ -349,7 +353,7 @@ class VideoVAE(nn.Module):
     def decode(self, latent: Tensor) -> Tensor:
         """LTX-2.3 spec e: normalised latent (B, C, F', H, W) -> video (B, 3, F, h, w), about [-1, 1], not clamped."""
         mean, std = self.statistics()
-        return self.decoder(latent * std + mean)
+        return self.decoder(latent * std + mean)                                          # (B, 3, F, h, w)
 
     def decode_frame(self, latent: Tensor, frame: int, reach: int = 2) -> Tensor:
         """One frame of a video, with gradients, from the latent frames around it: (B, C, F', H, W) -> (B, 3, h, w).
@@ -366,7 +370,7 @@ class VideoVAE(nn.Module):
         # A window that begins later makes one frame of its first cell, as if it were a picture; that cell must not be ours.
         start = max(0, cell - max(1, reach))
         window = self.decode(latent[:, :, start : cell + reach + 1])                      # (B, 3, f, h, w)
-        return window[:, :, frame - start * self.time_scale]
+        return window[:, :, frame - start * self.time_scale]                              # (B, 3, h, w)
 
     def plan_tiles(self, grid: tuple[int, int, int], tiling: Tiling | None) -> tuple[list[Tile], ...]:
         """Tiles of a latent of `grid` (F', H, W) cells along time, rows and columns, in latent cells.
@@ -432,7 +436,7 @@ class VideoVAE(nn.Module):
             for column in columns:
                 part = self.decode(latent[..., row.start : row.end, column.start : column.end]).float()
                 y, x = tile_pixels(row, s), tile_pixels(column, s)
-                weight = (space_weights(y)[:, None] * space_weights(x)).to(part.device)   # (h of the tile, w of it)
+                weight = (space_weights(y)[:, None] * space_weights(x)).to(part.device)   # (h, w) of the tile
                 frames[..., y.start : y.end, x.start : x.end] += part.mul_(weight)
                 weights[y.start : y.end, x.start : x.end] += weight
         return frames.div_(weights).to(latent.dtype)
@@ -444,8 +448,51 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
     return -10 * torch.log10(error.clamp_min(1e-10))
 
 
-def demo() -> None:
-    """Sizes of a narrow random VAE with the real block list, the causality of its first frame, and what tiles cost."""
+def to_picture(rgb: Tensor, height: int) -> Image.Image:
+    """(3, h, w) in [-1, 1] -> an RGB picture `height` pixels high, every pixel or cell a square."""
+    pixels = ((rgb.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+    return Image.fromarray(pixels).resize((height * rgb.shape[2] // rgb.shape[1], height), Image.Resampling.NEAREST)
+
+
+@torch.no_grad()
+def draw(vae: VideoVAE, video: Tensor, scale: int = 2) -> Image.Image:
+    """A clip before and after the VAE, and the latents between: video (1, 3, F, h, w) in [-1, 1] -> an RGB picture with
+    a column per frame, every pixel `scale` x `scale`.
+
+    Rows: input; reconstruction with its decibels; four times the absolute difference, taken off white; latent channels
+    0, 1, 2 as red, green, blue, two deviations to full colour, each latent frame below the frames it stands for.
+    """
+    latent = vae.encode(video)
+    back = vae.decode(latent)
+    count, h, w = back.shape[2], scale * video.shape[3], scale * video.shape[4]
+    left, step = 150, w + 6
+    sheet = Image.new("RGB", (left + count * step + 4, 4 * h + 160), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
+    tops = [30, 38 + h, 66 + 2 * h, 124 + 3 * h]
+    C, H, W = latent.shape[1], *latent.shape[3:]
+    labels = ("input", "through\nthe VAE", "4 x difference\n(white: none)",
+              f"latent {W}x{H}\nchannels 0, 1, 2\nof {C} as RGB")
+    for top, text in zip(tops, labels, strict=True):
+        pen.text((8, top + h / 2), text, "black", font, anchor="lm")
+    for f in range(count):
+        x, seen, made = left + f * step, video[0, :, f], back[0, :, f]
+        for top, rgb in zip(tops, (seen, made, 1 - 4 * (seen - made.clamp(-1, 1)).abs()), strict=False):
+            sheet.paste(to_picture(rgb, h), (x, top))
+        pen.text((x + w / 2, 15), f"frame {f}", "black", font, anchor="mm")
+        decibels = psnr(made[None], seen[None]).item()
+        pen.text((x + w / 2, tops[1] + h + 12), f"{decibels:.1f} dB", "black", font, anchor="mm")
+    for cell in range(latent.shape[2]):
+        first, last = max(0, vae.time_scale * (cell - 1) + 1), vae.time_scale * cell
+        x, end, y = left + first * step, left + last * step + w, tops[3] - 34
+        pen.line([(x, y - 8), (x, y), (end, y), (end, y - 8)], "black", 2)  # a bracket under its frames
+        name = f"latent frame {cell}" + (f": frames {first} to {last}" if first < last else "")
+        pen.text(((x + end) / 2, y + 16), name, "black", font, anchor="mm")
+        sheet.paste(to_picture(latent[0, :3, cell] / 2, h), (x + (end - x - w) // 2, tops[3]))
+    return sheet
+
+
+def _sizes() -> None:
+    """What needs no weights: sizes of a narrow random VAE with the real block list, and what tiles cost."""
     real = [["res_x", {"num_layers": 4}], ["compress_space_res", {"multiplier": 2}], ["res_x", {"num_layers": 6}],
             ["compress_time_res", {"multiplier": 2}], ["res_x", {"num_layers": 4}],
             ["compress_all_res", {"multiplier": 2}], ["res_x", {"num_layers": 2}],
@@ -456,22 +503,62 @@ def demo() -> None:
     torch.manual_seed(0)
     vae = VideoVAE(config).eval()
     video = torch.rand(1, 3, 17, 64, 96) * 2 - 1
+    print("LTX-2.3's block list, narrow and with random weights:")
     with torch.no_grad():
         latent, first = vae.encode(video), vae.encode(video[:, :, :1])
-        print(f"one latent token covers {vae.time_scale} frames x {vae.space_scale} x {vae.space_scale} pixels")
-        print(f"video {tuple(video.shape)} -> latent {tuple(latent.shape)} -> video {tuple(vae.decode(latent).shape)}")
-        print(f"first latent frame of the clip against the first frame alone: {(latent[:, :, :1] - first).abs().max():.1e}")
+        print(f"  one latent token covers {vae.time_scale} frames x {vae.space_scale} x {vae.space_scale} pixels")
+        shapes = [tuple(x.shape) for x in (video, latent, vae.decode(latent))]
+        print("  video {} -> latent {} -> video {}".format(*shapes))
+        alone = (latent[:, :, :1] - first).abs().max()
+        print(f"  first latent frame of the clip against the first frame alone: {alone:.1e}")
     times, rows, columns = vae.plan_tiles((16, 16, 24), Tiling())
     runs = [tile_frames(tile, vae.time_scale)[:2] for tile in times]
-    print(f"LTX-2.3's 121x512x768 decodes as frames {runs}, in {len(rows)} x {len(columns)} tile(s) of space")
+    print(f"  LTX-2.3's 121x512x768 decodes as frames {runs}, in {len(rows)} x {len(columns)} tile(s) of space")
     wide = torch.randn(1, vae.latent_channels, 1, 1, 48)  # two tiles of columns, [0, 32) and [28, 48)
     with torch.no_grad():
         difference = (torch.cat([*vae.decode_tiles(wide, Tiling(32 * 32, 4 * 32))], dim=2) - vae.decode(wide)).abs()
     error = difference.unflatten(4, (48, -1)).amax(dim=(0, 1, 2, 3, 5))                   # (48,) per latent column
-    print(f"tiled against whole, largest error: {error[28:32].max():.1e} where the two tiles overlap, "
+    print(f"  tiled against whole, largest error: {error[28:32].max():.1e} where the two tiles overlap, "
           f"{error[:16].max():.1e} sixteen latent columns away")
-    print("Notice: a picture is a one-frame video, up to rounding; so ST-DRC's reference enters. And a tile is wrong "
-          "only near its border, there as wrong as random weights can make it.")
+
+
+def _bundled(path: Path) -> None:
+    """The bundled VAE on a clip of the world: sizes, decibels, what a changed frame reaches, and the picture."""
+    import world
+    from checkpoint import load_weights, read_metadata
+
+    with torch.device("meta"):
+        vae = VideoVAE(read_metadata(path)["config"]["vae"])
+    load_weights(vae, path, "vae.", dtype=torch.float32)
+    person, setting, action = world.people("test", 7)[6:], torch.tensor([[0, 0, 0]]), world.ACTIONS.index("turns left")
+    poses = world.action_poses(torch.tensor([action]), 9, torch.Generator().manual_seed(0))
+    video, _, _ = world.render(person, setting, poses)                                    # (1, 3, 9, 64, 64)
+    print(f"\nThe bundled VAE on a person whom no training saw: {world.caption(setting[0], action)}")
+    with torch.no_grad():
+        latent = vae.encode(video)
+        back = vae.decode(latent)
+        changed = video.clone()
+        changed[:, :, 5:] = changed[:, :, 5:].flip(4)
+        reach = (vae.encode(changed) - latent).abs().amax(dim=(0, 1, 3, 4))               # (F',)
+    print(f"  one latent token covers {vae.time_scale} frames x {vae.space_scale} x {vae.space_scale} pixels; "
+          f"{video.numel():,} numbers -> {latent.numel():,}")
+    print(f"  latent mean {latent.mean():.2f}, deviation {latent.std():.2f}; after the way back "
+          f"{psnr(back, video).item():.1f} dB, largest difference {(back - video).abs().max():.2f} of 2")
+    print(f"  frames 5 to 8 mirrored: latent frames 0, 1, 2 change by up to {[round(r, 2) for r in reach.tolist()]}")
+    draw(vae, video).save("vae_demo.png")
+    print("wrote vae_demo.png: from the top the clip, its reconstruction, four times their difference, and the latents")
+
+
+def demo() -> None:
+    """The text part needs nothing; the picture needs the bundled checkpoint, and one line says so when it is absent."""
+    _sizes()
+    path = Path(__file__).parent / "weights" / "tiny" / "model.safetensors"
+    if path.is_file():
+        _bundled(path)
+    else:
+        print(f"no picture: {path} is not there")
+    print("Notice: no latent frame depends on a later frame, so a picture is a one-frame video, up to rounding; that is "
+          "how ST-DRC's reference enters. What the VAE loses are thin edges, and a tile is wrong only near its border.")
 
 
 if __name__ == "__main__":

@@ -25,10 +25,10 @@ from torch import Tensor
 
 import plot
 from dataset import RealClips, WorldClips
+from denoise import INFERENCE, denoise
 from model import VideoTransformer, ltx_sigmas
 from reference import encode_reference
-from run import Run, seeded
-from sample import INFERENCE, denoise
+from run import Run, check_finite, seeded
 from vae import VideoVAE
 from video import picks, save_sheet
 
@@ -42,17 +42,18 @@ def validate(run: Run, clips: WorldClips | RealClips, size: int, held_out: bool,
     """Log the losses of `clips` when they are held out, and write the pictures.
 
     compute(batch, generators) -> losses (2,) and how many clips each is a mean over (2,); sample(indices) -> rows of
-    pictures for the sheet; size: clips in one batch.
+    pictures for the sheet; size: clips in one batch. Raises ValueError when a loss is not finite.
     """
     with run.averaged():
         if held_out:
-            run.log(run.done + 1, **validation_loss(clips, size, compute))  # within the step, which is not counted yet
-        rows = sample(list(clips.groups[0])[:SHOWN])
-    if run.rank == 0:
+            losses = validation_loss(clips, size, compute, run.done)
+            run.log(run.done + 1, **losses)  # within the step, which is not counted yet
         try:
-            save_sheet(run.folder / "sheet.png", rows, scale=2 if rows[0][0].shape[-1] < 256 else 1)
-        except OSError as error:  # a picture that cannot be written is no reason to end a training
-            print(f"warning: {error}", file=sys.stderr)
+            rows = sample(list(clips.groups[0])[:SHOWN])
+            if run.rank == 0:
+                save_sheet(run.folder / "sheet.png", rows, scale=2 if rows[0][0].shape[-1] < 256 else 1)
+        except (OSError, ValueError) as error:  # a picture that cannot be made or written is no reason to end a training
+            print(f"warning: no contact sheet at step {run.done}: {error}", file=sys.stderr)
     draw_curves(run)
 
 
@@ -65,8 +66,11 @@ def draw_curves(run: Run) -> None:
             print(f"warning: {error}", file=sys.stderr)
 
 
-def validation_loss(clips: WorldClips | RealClips, size: int, compute: Callable) -> dict[str, float]:
-    """val_fm and, when a face is known in any clip, val_face: means over all clips and LOOKS draws of noise."""
+def validation_loss(clips: WorldClips | RealClips, size: int, compute: Callable, step: int) -> dict[str, float]:
+    """val_fm and, when a face is known in any clip, val_face: means over all clips and LOOKS draws of noise.
+
+    Raises ValueError naming step, loss and clips when one is not finite.
+    """
     counts, sums = torch.zeros(2), torch.zeros(2)
     for group in clips.groups:
         for look in range(LOOKS):
@@ -74,6 +78,7 @@ def validation_loss(clips: WorldClips | RealClips, size: int, compute: Callable)
                 part = list(group[a : a + size])
                 generators = [seeded(12, look, i) for i in part]
                 values, found = compute(clips.batch(part, generators), generators)
+                check_finite(step, dict(zip(("val_fm", "val_face"), values.tolist(), strict=True)), clips.names(part))
                 counts += found
                 sums += found * values
     return {name: (s / n).item() for name, s, n in zip(("val_fm", "val_face"), sums, counts, strict=True) if n}

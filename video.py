@@ -154,6 +154,11 @@ def single_frames(runs: Iterable[Tensor], seconds: dict[str, float]) -> Iterator
         del run  # before the next one is made
 
 
+def beside(target: Path) -> Path:
+    """The hidden name, in the same folder, under which a file is written before it is renamed."""
+    return target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")
+
+
 def write_outputs(path: Path, runs: Iterable[Tensor], num_frames: int, canvas: Tensor, frame_rate: float,
                   record: dict) -> None:
     """path (.mp4), the picture sheet (.png) and the record (.json), from runs (3, f, h, w) of pixels in [-1, 1].
@@ -168,10 +173,10 @@ def write_outputs(path: Path, runs: Iterable[Tensor], num_frames: int, canvas: T
     before = seconds.get("decode", 0)
     factor = enlargement(h, w)
     targets = [path, path.with_suffix(".png"), path.with_suffix(".json")]
-    beside = [p.with_name(f".{p.stem}.{os.getpid()}{p.suffix}") for p in targets]
+    hidden = [beside(target) for target in targets]
     places, picked, count = set(picks(num_frames)), [], 0
     try:
-        with VideoWriter(beside[0], frame_rate) as writer:
+        with VideoWriter(hidden[0], frame_rate) as writer:
             for frame in single_frames(runs, seconds):
                 if frame.shape[-2:] != (h, w):
                     raise ValueError(f"expected frames of {h}x{w} like the canvas, got "
@@ -184,15 +189,15 @@ def write_outputs(path: Path, runs: Iterable[Tensor], num_frames: int, canvas: T
         if count != num_frames:
             raise ValueError(f"expected {num_frames} frames, got {count}; announce as many as the runs hold")
         reference = to_frames(canvas[:, None].float().cpu(), factor)[0]                   # (h', w', 3)
-        contact_sheet(reference, picked).save(beside[1])
+        contact_sheet(reference, picked).save(hidden[1])
         record |= {"model_size": [count, h, w], "output_size": [count, *reference.shape[:2]], "enlarged": factor,
                    "files": [target.name for target in targets]}
         seconds["write"] = round(time.perf_counter() - start - (seconds["decode"] - before), 2)
-        beside[2].write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        for temporary, target in zip(beside, targets, strict=True):
+        hidden[2].write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        for temporary, target in zip(hidden, targets, strict=True):
             os.replace(temporary, target)
     finally:
-        for temporary in beside:
+        for temporary in hidden:
             temporary.unlink(missing_ok=True)
 
 

@@ -22,7 +22,10 @@ Read next: pretrain.py, which trains the tiny base model on this world.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 TRAITS = ["skin", "skin_hue", "hair_style", "hair_color", "face_width", "jaw", "eye_size", "eye_gap", "eye_color",
@@ -312,23 +315,75 @@ def to_uint8(video: Tensor) -> Tensor:
     return ((video.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def demo() -> None:
-    """Write world_demo.png: one person a row, one action a row, the reference at the left."""
-    from PIL import Image
+# ----------------------------------------------------------------------------------------------------------------- demo
+TILE, GAP, LINE, TOP = 128, 8, 26, 40  # pixels of the contact sheet: a picture, between two, a caption, the head
+SHOWN = (0, 2, 4, 6, 8)  # frames
+INK, GREY, RED = (40, 40, 40), (110, 110, 110), (213, 30, 30)
 
-    g = torch.Generator().manual_seed(7)
-    person, setting, actions = people("val", 8), draw_settings(8, g), torch.arange(8)
-    video, boxes, _ = render(person, setting, action_poses(actions, 9, g))
-    refs, _ = draw_references(person, setting, g)
-    sheet = torch.cat([refs[:, :, None], video[:, :, ::2]], dim=2)                        # (8, 3, 6, 64, 64)
-    picture = to_uint8(sheet).permute(0, 3, 2, 4, 1).reshape(8 * 64, 6 * 64, 3).numpy()
-    Image.fromarray(picture).resize((6 * 128, 8 * 128), Image.NEAREST).save("world_demo.png")
-    for i in range(8):
-        print(f"row {i}: {caption(setting[i], i, i % len(TEMPLATES))}; face box of frame 0: "
-              f"{[round(v, 1) for v in boxes[i, 0].tolist()]}")
-    print("Notice in world_demo.png: the left picture is the same person, but not always the same place. No caption "
-          "says who it is.")
+
+class Clips(NamedTuple):
+    """One clip per action: captions, reference pictures (A, 3, h, w), `render`'s video, boxes and masks."""
+
+    captions: list[str]
+    references: Tensor
+    video: Tensor
+    boxes: Tensor
+    masks: Tensor
+
+
+def one_of_each(split: str = "val", seed: int = 7) -> Clips:
+    """Another person of `split` for each action, in nine frames of 64 x 64."""
+    g, count = torch.Generator().manual_seed(seed), len(ACTIONS)
+    person, setting = people(split, count), draw_settings(count, g)
+    video, boxes, masks = render(person, setting, action_poses(torch.arange(count), 9, g))
+    references, _ = draw_references(person, setting, g)
+    captions = [caption(setting[i], i, i % len(TEMPLATES)) for i in range(count)]
+    return Clips(captions, references, video, boxes, masks)
+
+
+def draw(clips: Clips) -> Image.Image:
+    """Contact sheet: a clip a row under its caption; reference, frames SHOWN, mask and box of the last frame shown."""
+    last = SHOWN[-1]
+    mask = (clips.masks[:, None, last] * 2 - 1).expand(-1, 3, -1, -1)                     # (A, 3, h, w)
+    columns = [clips.references, *(clips.video[:, :, f] for f in SHOWN), mask]
+    names = ["reference", *(f"frame {f}" for f in SHOWN), f"face {last}: mask, box"]
+    left = [GAP + k * (TILE + GAP) + GAP * 2 * (k > 0) for k in range(len(columns))]      # the reference stands apart
+    sheet = Image.new("RGB", (left[-1] + TILE + GAP, TOP + len(clips.captions) * (LINE + TILE + GAP)), "white")
+    paper, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=15)
+    for x, name in zip(left, names, strict=True):
+        paper.text((x + TILE // 2, TOP // 2), name, INK, ImageFont.load_default(size=16), "mm")
+    for row, words in enumerate(clips.captions):
+        top = TOP + row * (LINE + TILE + GAP)
+        paper.text((left[0], top + LINE // 2), words, GREY, font, "lm")
+        for x, pictures in zip(left, columns, strict=True):
+            picture = Image.fromarray(to_uint8(pictures[row]).permute(1, 2, 0).cpu().numpy())
+            sheet.paste(picture.resize((TILE, TILE), Image.NEAREST), (x, top + LINE))
+        x0, y0, x1, y1 = (v * TILE / clips.masks.shape[-1] for v in clips.boxes[row, last].tolist())
+        paper.rectangle([left[-1] + x0, top + LINE + y0, left[-1] + x1 - 1, top + LINE + y1 - 1], outline=RED)
+    return sheet
+
+
+def _demo() -> None:
+    """What the world knows, in numbers, and world_demo.png."""
+    clips, captions = one_of_each(), all_captions()
+    print(f"a person is {len(TRAITS)} numbers in [0, 1]; a setting is one of {len(SCENES)} scenes, {len(LIGHTS)} lights and "
+          f"{len(SHIRTS)} shirts;\nwith {len(ACTIONS)} actions and {len(TEMPLATES)} templates: {len(captions):,} captions\n")
+    print("middle of the face in frames 0 -> 8, side of its box, in pixels of 64:")
+    for words, boxes in zip(clips.captions, clips.boxes, strict=True):
+        (x, y), (x8, y8) = (((b[:2] + b[2:]) / 2).tolist() for b in boxes[[0, -1]])
+        side, side8 = (boxes[[0, -1], 3] - boxes[[0, -1], 1]).tolist()
+        print(f"  ({x:4.1f}, {y:4.1f}) -> ({x8:4.1f}, {y8:4.1f})  {side:4.1f} -> {side8:4.1f}  {words}")
+    person = people("val", 256)
+    others = look_alikes(person, torch.Generator().manual_seed(0)), person.roll(1, 0)
+    alike, strange = ((person - other).norm(dim=1).mean() for other in others)
+    print(f"\na look-alike shares {LOOK_ALIKE_TRAITS} of the {len(TRAITS)} numbers: mean distance {alike:.2f}, "
+          f"of a stranger {strange:.2f} (256 people)")
+    print(f"the face covers {clips.masks.mean():.0%} of the pixels: there the face loss looks")
+    draw(clips).save("world_demo.png")
+    print("wrote world_demo.png: an action a row; the reference, five frames, and the last one's face mask and box")
+    print("Notice: the left picture is the same person, but not always in the same place, light and shirt. No caption "
+          "says who it is, so only the reference can.")
 
 
 if __name__ == "__main__":
-    demo()
+    _demo()

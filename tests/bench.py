@@ -34,11 +34,11 @@ from torch import Tensor, nn
 from torch.backends import mkldnn
 from torch.utils.flop_counter import FlopCounterMode
 
+from denoise import denoise
 from memory import FLOAT8, HostStream, cast_linears
 from model import TransformerConfig, VideoTransformer, wide_linear
 from plan import REAL, LiveBytes
 from rope import grid_to_positions, reference_grid, video_grid
-from sample import denoise
 from vae import VideoVAE
 
 # width, heads, latent grid, blocks, repeats

@@ -51,12 +51,12 @@ def record(values=(0.5,), part="default", seconds=(3600, 360), **scores):
 # -------------------------------------------------------------------------------------------------- what there is to do
 
 
-def test_the_plan_has_11_trainings_per_seed_each_once_and_guidance_shares_the_defaults_weights():
+def test_the_plan_has_12_trainings_per_seed_each_once_and_guidance_shares_the_defaults_weights():
     tasks = ablate.plan(PARTS, SEEDS)
     trained = [t for t in tasks if t.part != "guidance"]
-    assert len(trained) == 33 and len({t.variant for t in trained}) == 11
-    assert len({t.result(Path("x")) for t in tasks}) == len(tasks) == 61
-    assert [trained[a].variant for a in (0, 11, 22)] == ["default"] * 3, "the first of its seed"
+    assert len(trained) == 36 and len({t.variant for t in trained}) == 12
+    assert len({t.result(Path("x")) for t in tasks}) == len(tasks) == 64
+    assert [trained[a].variant for a in (0, 12, 24)] == ["default"] * 3, "the first of its seed"
     guided = [t for t in tasks if t.part == "guidance"]
     assert {t.weights(Path("x")) for t in guided} == {t.weights(Path("x")) for t in trained if t.variant == "default"}
     assert {t.scales for t in guided if t.seed == 0} | {ablate.SCALES} == {*ablate.GRID, *ablate.GUIDED.values()}
@@ -67,10 +67,10 @@ def test_the_plan_has_11_trainings_per_seed_each_once_and_guidance_shares_the_de
     assert all(not ref for _, ref in stream_weights(*ablate.GUIDED["no reference"]))
 
 
-def test_train_py_reads_the_flags_and_each_variant_changes_one_thing_only(monkeypatch, tmp_path):
+def test_train_py_reads_the_flags_and_each_variant_changes_what_its_name_says(monkeypatch, tmp_path):
     args = ablate.parse_arguments(["run", "--folder", str(tmp_path), "--steps", "30"])
     read = {}
-    for task in ablate.plan(PARTS, [4])[:11]:
+    for task in ablate.plan(PARTS, [4])[:12]:
         first, second = ablate.commands(task, args)
         monkeypatch.setattr(sys, "argv", first[1:])
         found = train.parse_arguments()
@@ -85,7 +85,7 @@ def test_train_py_reads_the_flags_and_each_variant_changes_one_thing_only(monkey
     assert changed == {"default": set(), "overlap": {"placement"}, "time_only": {"placement"},
                        "space_only": {"placement"}, "no_augment": {layout, pose, color}, "color_only": {layout, pose},
                        "pose_only": {layout, color}, "layout_only": {pose, color}, "no_face_loss": {"w_face"},
-                       "no_identity_loss": {"w_id"},
+                       "no_identity_loss": {"w_id"}, "overlap_no_augment": {"placement", layout, pose, color},
                        "no_reference_dropout": {"drop_ref", "drop_both", "drop_text"}}
     assert {found["placement"] for found in read.values()} <= set(PLACEMENTS)
     share = [read[v]["drop_text"] + read[v]["drop_both"] for v in ("default", "no_reference_dropout")]

@@ -1,4 +1,4 @@
-"""Reference augmentation: what changes, what may not change, and that all chance comes from the generator.
+"""Reference augmentation: what changes, what may not, that all chance comes from the generator; the demo's sheet.
 
 No weights; pictures are random or drawn here. CPU, a few seconds.
 Run: python -m pytest tests/test_augment.py
@@ -6,11 +6,12 @@ Run: python -m pytest tests/test_augment.py
 
 import time
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from augment import AugmentStrength, augment_color, augment_layout, augment_pose, augment_reference
+from augment import AugmentStrength, augment_color, augment_layout, augment_pose, augment_reference, draw
 
 FAMILIES = {"color": augment_color, "pose": augment_pose, "layout": augment_layout}
 OFF = AugmentStrength(color=0, pose=0, layout=0, flip=0)
@@ -220,3 +221,52 @@ def test_a_training_batch_takes_a_fraction_of_a_training_step():
         seconds.append(time.perf_counter() - start)
     # 10 to 20 ms on one core; ten times that is allowed, since a busy machine must not fail the test.
     assert min(seconds) < 0.2, min(seconds)
+
+
+# ---- the contact sheet of the demo: cells of the picture's size, 6 apart, 14 more between strengths, from (82, 38) on
+
+
+def cell(sheet, row, column, group, size=32):
+    x, y = 82 + column * (size + 6) + 14 * group, 38 + row * (size + 6)
+    return np.asarray(sheet)[y : y + size, x : x + size]
+
+
+def as_pixels(image):
+    return ((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+
+
+def test_the_sheet_shows_each_family_at_each_strength_and_seed_as_the_functions_draw_it():
+    face = pictures(1)[0, :, :, :24].repeat(1, 2, 2)[:, :32, :32]
+    sheet = draw(face, strengths=(0, 0.5, 1), draws=2)
+    for row, family in enumerate(FAMILIES.values()):
+        column = 1
+        for group, strength in enumerate((0.5, 1), start=1):
+            for seed in range(2):
+                shown, expected = cell(sheet, row, column, group), family(face, seeded(seed), strength)
+                assert (shown == as_pixels(expected)).all(), (row, column)
+                column += 1
+    for seed in range(2):                                                 # the last row is augment_reference
+        expected = augment_reference(face[None], seeded(seed), AugmentStrength(0.5, 0.5, 0.5))[0]
+        assert (cell(sheet, 3, 1 + seed, 1) == as_pixels(expected)).all(), seed
+
+
+def test_the_sheet_shows_the_input_itself_once_a_row_where_the_strength_is_off():
+    face = pictures(1)[0, :, :24, :24]
+    sheet = draw(face, strengths=(0, 1), draws=1)
+    for row in range(4):
+        assert (cell(sheet, row, 0, 0, 24) == as_pixels(face)).all(), row
+    for row in range(3):                                                  # the last row may draw nothing
+        assert (cell(sheet, row, 1, 1, 24) != as_pixels(face)).any(), row
+    assert sheet.size == (82 + 2 * 30 + 2 * 14, 38 + 4 * 30)
+
+
+def test_the_sheet_of_the_demo_fits_a_slide_and_changes_more_from_strength_to_strength():
+    face = F.interpolate(pictures(1), (128, 128), mode="bilinear")[0]
+    sheet = draw(face)
+    assert sheet.width <= 1600
+    for row in range(3):
+        changes = []
+        for i in range(3):                                                # strength 0.25, 0.5, 1, three draws each
+            shown = np.stack([cell(sheet, row, 1 + 3 * i + k, 1 + i, 128) for k in range(3)])
+            changes.append(np.abs(shown - as_pixels(face).astype(float)).mean())
+        assert 0 < changes[0] < changes[1] < changes[2], (row, changes)

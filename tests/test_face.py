@@ -6,6 +6,7 @@ without modules; the alignment is the least-squares one, and finds turned, scale
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as nnf
@@ -13,6 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+import face
 import world
 from face import FaceNet, align, faces_of, load_facenet, similarity_transform, square, template, usable_landmarks
 from losses import crop_faces, identity_loss
@@ -414,3 +416,57 @@ def test_faces_of_uses_landmarks_where_there_are_some_and_the_box_elsewhere():
 def test_square_keeps_the_middle_and_covers_the_box():
     box = torch.tensor([[10.0, 20.0, 30.0, 60.0]])
     assert square(box, grow=1.0).tolist() == [[0.0, 20.0, 40.0, 60.0]]
+
+
+# ------------------------------------------------------------ the demo's picture
+
+
+def test_pairs_are_cosines_of_the_faces_that_they_give():
+    net = load_facenet(face.TINY)
+    found = face.pairs(net, count=6)
+    anchor = net(found[face.ANCHOR][0])
+    for name, (faces, cosines) in found.items():
+        assert faces.shape == (6, 3, net.size, net.size) and cosines.shape == (6,)
+        theirs = torch.nn.functional.cosine_similarity(anchor, net(faces))
+        assert (cosines - theirs).abs().max() < 1e-5, name
+    mean = {name: cosines.mean().item() for name, (_, cosines) in found.items()}
+    assert mean[face.ANCHOR] > 0.9999 and mean[face.SAME] > mean[face.ALIKE] + 0.2 > mean[face.STRANGER] + 0.2
+    for degrees in face.TURNS:
+        straight, tilted = (found[f"turned by {degrees}, by {how}"] for how in ("landmarks", "box"))
+        assert (straight[0] - found[face.ANCHOR][0]).abs().mean() < 0.05 < (tilted[0] - straight[0]).abs().mean()
+        assert straight[1].mean() > 0.98
+
+
+def test_the_picture_shows_the_faces_and_puts_every_ring_at_its_cosine():
+    people = {name: (pictures(3, 64), cosines) for name, cosines in
+              (("one", torch.tensor([1.0, 1.0, 1.0])), ("two", torch.tensor([-1.0, 0.0, 0.7])))}
+    picture = face.draw(people, rows=2)
+    sheet = np.asarray(picture)
+    assert picture.width <= 1600
+    for k, (faces, cosines) in enumerate(people.values()):
+        left = face.LEFT + k * (face.TILE + face.GAP)
+        for row in range(2):
+            top = 60 + row * (face.TILE + 34)
+            tile = sheet[top:top + face.TILE:2, left:left + face.TILE:2]
+            assert (tile == world.to_uint8(faces[row]).permute(1, 2, 0).numpy()).all(), (k, row)
+        line = sheet[picture.height - 32 - 34 * len(people) + 34 * k + 17]          # through the rings of this kind
+        drawn = set(np.nonzero((line == face.COLORS[k]).all(-1))[0].tolist())
+        places = [face._scale(c, picture.width) for c in cosines.tolist()]
+        bar = face._scale(cosines.mean().item(), picture.width)
+        rings = {x + side for x in places for side in (-3, 3)} | set(range(bar - 1, bar + 2))
+        names = {x for x in drawn if x < face.LEFT + 210}
+        assert drawn - names == rings, (k, drawn - names, rings)
+    assert face._scale(0.0, 1000) * 2 == face._scale(-1.0, 1000) + face._scale(1.0, 1000)
+    with pytest.raises(ValueError, match="expected 1 to 6 kinds"):
+        face.draw({str(i): (pictures(1, 8), torch.ones(1)) for i in range(7)})
+
+
+def test_the_demo_explains_and_draws_and_says_in_one_line_what_is_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    face._demo()
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert lines[-2].startswith("wrote face_demo.png: ") and lines[-1].startswith("Notice: ") and 10 <= len(lines) <= 25
+    assert [path.name for path in tmp_path.iterdir()] == ["face_demo.png"]
+    monkeypatch.setattr(face, "TINY", tmp_path / "face.safetensors")
+    with pytest.raises(ValueError, match="^[^\n]*no file[^\n]*$"):
+        face._demo()

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from guidance import BOTH, NULL, ORDERS, REF, TEXT, guide, stream_weights
+from guidance import BOTH, COLORS, EXAMPLE, NULL, ORDERS, REF, TEXT, draw, guide, stream_weights
 
 CHAINS = ("text_first", "reference_first")
 scales = st.floats(-1.0, 8.0, allow_nan=False)
@@ -177,3 +177,24 @@ def test_the_perturbed_arrow_is_the_base_models_own_and_starts_at_the_most_condi
     assert streams.calls == [BOTH], "one stream and its perturbed copy"
     with pytest.raises(ValueError, match="perturb"):
         guide(streams, 3.0, 2.0, stg_scale=1.0)
+
+
+def test_the_picture_has_a_dot_where_the_formula_ends_and_its_arrows_lead_there():
+    v = {stream: torch.tensor(point, dtype=torch.float64) for stream, point in EXAMPLE.items()}
+    s_t, s_r = 2.5, 1.75
+    picture = draw(scales=[(0.5, 1.25), (s_t, s_r)])
+    assert picture.size == (1590, 450)
+
+    def pixel(panel, point):
+        return picture.getpixel((round(530 * panel + 72 + 78 * point[0].item()), round(420 - 78 * point[1].item())))
+
+    for panel, order in enumerate(ORDERS):
+        for pair in ((0.5, 1.25), (s_t, s_r)):
+            assert pixel(panel, written_out(v, *pair, order)) == (0, 0, 0), f"{order}: no black dot for {pair}"
+        text_first = {"text_first": s_t * (v[TEXT] - v[NULL]), "two_deltas": v[BOTH] + (s_t - 1) * (v[BOTH] - v[REF])}
+        corner = text_first.get(order, s_r * v[REF])                      # where the first arrow of the path ends
+        end = written_out(v, s_t, s_r, order)
+        start = v[BOTH] if order == "two_deltas" else v[NULL]
+        colors = COLORS[::-1] if order == "reference_first" else COLORS
+        assert pixel(panel, 0.2 * start + 0.8 * corner) == colors[0], f"{order}: first arrow"
+        assert pixel(panel, 0.5 * corner + 0.5 * end) == colors[1], f"{order}: second arrow"

@@ -9,13 +9,16 @@ import torch
 import torch.nn.functional as F
 
 from losses import (
+    COLORS,
     clean_estimate,
     crop_faces,
+    draw,
     face_weighted_loss,
     flow_matching_loss,
     identity_loss,
     pool_face_mask,
     total_loss,
+    toy_terms,
 )
 
 
@@ -177,3 +180,33 @@ def test_shapes_that_do_not_match_are_refused():
         crop_faces(torch.zeros(2, 3, 8, 8), torch.zeros(1, 4), 4)
     with pytest.raises(ValueError, match="embeddings"):
         identity_loss(embed, torch.zeros(2, 3, 8, 8), torch.zeros(2, 7), torch.ones(2, dtype=torch.bool))
+
+
+def test_a_wrong_face_costs_the_same_flow_at_every_noise_level_and_more_identity_the_noisier():
+    terms, faces = toy_terms([0.0, 0.3, 0.6, 1.0])
+    fm, face, identity = terms.T
+    assert_close(fm, fm[:1].expand(4), 1e-5)
+    assert_close(face, face[:1].expand(4), 1e-5)
+    assert_close(face / fm, 96 * 128 / 48**2 * torch.ones(4), 1e-2)       # all of the error lies in the face's box
+    assert_close(identity[0], 0.0, 1e-5)
+    assert identity.diff().min() > 0.02, identity
+    blend = 0.7 * faces[0].float() + 0.3 * faces[3].float()               # (1 - s) x0 + s other, at s = 0.3
+    assert_close(faces[1].float(), blend, 1.5)                            # bytes, cut off below
+
+
+def test_the_picture_shows_the_shares_of_the_latent_cells_and_the_values_of_the_terms():
+    mask = torch.zeros(1, 17, 96, 128)
+    mask[:, 0, :64], mask[:, 3:5, :, 96:], mask[:, 16, 64:, :] = 0.5, 1, 1
+    sigmas = [0.0, 0.25, 0.5, 0.75, 1.0]
+    picture = draw(mask, sigmas)
+    assert picture.size == (1590, 535)
+    for k, frame in enumerate(pool_face_mask(mask, 8, 32).view(3, 3, 4)):
+        for i in range(3):
+            for j in range(4):
+                color = torch.tensor(picture.getpixel((630 + 40 * j + 5, 90 + 150 * k + 40 * i + 5)))
+                expected = 230 + frame[i, j] * (torch.tensor(COLORS["L_face"]) - 230)
+                assert_close(color, expected, 1.0)                        # rounding of bytes
+    terms, _ = toy_terms(sigmas)
+    for name, values in zip(("L_fm", "L_face", "L_id"), terms.T, strict=True):
+        middle = (values[2] + values[3]).item() / 2                       # between two sigmas, where no axis is
+        assert picture.getpixel((880 + round(650 * 0.625), round(350 - 280 * middle))) == COLORS[name], name

@@ -1,5 +1,5 @@
 """The transformer equals LTX-2.3's: on recorded vectors, and against Diffusers on random sizes and weights.
-Besides: schedules and guidance, masks and permutations, precision, LoRA and checkpoint files.
+Besides: schedules and guidance, masks and permutations, precision, checkpoint files, and what the demo's picture shows.
 
 Hardware: CPU, under half a minute. Run: python -m pytest tests/test_model.py
 """
@@ -8,6 +8,7 @@ import json
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -420,6 +421,58 @@ def test_other_files_and_other_models_are_refused(tmp_path):
         c.save_checkpoint(tmp_path / "a.safetensors", {"a": torch.zeros(1)}, {}, {"steps": 3})
 
 
-def test_the_demo_runs(capsys):
+# ---------------------------------------------------------------- the demo and its picture
+
+
+@pytest.mark.parametrize("sigma", [1.0, 0.55, 0.1])
+def test_the_drawn_sequence_is_noise_and_data_in_proportion_and_its_reference_is_clean(sigma):
+    clean, noise, L = torch.randn(9, 5), torch.randn(9, 5), 6
+    tokens, timesteps = m.noisy_sequence(clean, noise, sigma, L)
+    found = difference(tokens[:L], (1 - sigma) * clean[:L] + sigma * noise[:L])
+    assert found < 1e-6, found
+    assert torch.equal(tokens[L:], clean[L:])
+    assert timesteps.tolist() == pytest.approx([sigma] * L + [0] * 3)
+
+
+def test_drawn_cells_are_blue_below_zero_white_at_it_and_red_above():
+    pixels = np.asarray(m.draw_cells(torch.tensor([[-9.0, -2, -1, 0, 1, 2, 9]]), 3)).astype(int)
+    assert pixels.shape == (3, 21, 3) and (pixels == pixels[1, 1::3].repeat(3, axis=0)[None]).all()
+    red, _, blue = pixels[1, 1::3].T
+    assert (red - blue).tolist()[3] == 0 and (pixels[1, 10] == 255).all()
+    assert ((red - blue)[:3] < 0).all() and ((red - blue)[4:] > 0).all()
+    assert (pixels[1, 1] == pixels[1, 4]).all() and (pixels[1, 1] != pixels[1, 7]).any(), "full colour from 2 on"
+
+
+def test_the_picture_has_a_tick_where_each_level_lies():
+    schedules = {"30": m.ltx_sigmas(30), "distilled": torch.tensor(m.DISTILLED_SIGMAS)}
+    pixels = np.asarray(m.draw_levels(schedules, width=2080)).astype(int)  # an axis of 2000 pixels, from 40 to 2040
+    orange = (np.abs(pixels - (213, 94, 0)).sum(axis=2) == 0)[100:].reshape(-1, 2080)
+    for row, levels in enumerate(schedules.values()):
+        found = set(np.flatnonzero(orange[90 * row : 90 * row + 8].all(axis=0)))
+        expected = {40 + round(2000 * (1 - level)) for level in levels.tolist()}
+        assert expected <= found, expected - found
+        assert all(min(abs(x - e) for e in expected) <= 1 for x in found), "a tick is two pixels wide"
+
+
+def test_the_picture_shows_noise_leaving_the_video_and_a_reference_that_never_changes():
+    pixels = np.asarray(m.draw(shown=(0, 25, 29))).astype(int)
+    assert pixels.shape[1] <= 1600
+    cells = pixels[560 : 560 + 16 * 12]  # 16 channels, 12 pixels each
+    borders = np.flatnonzero((cells == 0).all(axis=(0, 2)))[::2]  # the black line between video and reference
+    assert len(borders) == 3, borders
+    references = [cells[:, x + 3 : x + 12 * 12 - 3] for x in borders]
+    videos = [cells[:, x - 24 * 12 : x - 1] for x in borders]
+    assert all((reference == references[0]).all() for reference in references[1:])
+    assert references[0].std() > 5, "not an empty rectangle"
+    rough = [np.abs(np.diff(video[6::12, 6::12], axis=1)).mean() for video in videos]  # noise: neighbours differ
+    assert rough[0] > 1.3 * rough[1] > 1.6 * rough[2], rough
+
+
+def test_the_demo_runs_and_writes_its_picture(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     m._demo()
-    assert "13,124,316,288" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "13,124,316,288" in text
+    assert [line.split(":")[0] for line in text.splitlines()[-2:]] == ["wrote model_demo.png", "Notice"]
+    assert [path.name for path in tmp_path.iterdir()] == ["model_demo.png"]
+    assert 10 <= len(text.splitlines()) <= 25

@@ -1,4 +1,4 @@
-"""The reference's way into the sequence and out again: canvas, tokens, clean timesteps, slicing.
+"""The reference's way into the sequence and out again: canvas, tokens, clean timesteps, slicing; the demo's picture.
 
 No weights: pictures are drawn here, the VAE is a stand-in. CPU, about a second.
 Run: python -m pytest tests/test_reference.py
@@ -11,7 +11,17 @@ import pytest
 import torch
 from PIL import Image
 
-from reference import append_reference, drop_reference, encode_reference, letterbox, patchify, unpatchify
+from reference import (
+    SIZES,
+    _portrait,
+    append_reference,
+    draw,
+    drop_reference,
+    encode_reference,
+    letterbox,
+    patchify,
+    unpatchify,
+)
 
 RED = (200, 30, 60)
 
@@ -204,3 +214,55 @@ def test_parts_that_do_not_fit_together_are_refused(broken):
 def test_dropping_from_too_short_an_output_is_refused():
     with pytest.raises(ValueError, match="at least 24"):
         drop_reference(torch.zeros(1, 20, 8), 24)
+
+
+# ---- the picture of the demo: canvases at y = 42, tokens at y = 280, the sequence at y = 592 and its timesteps below
+
+
+def drawn(F=4, sigma=0.7):
+    return np.asarray(draw(F, sigma))
+
+
+def token_colour(page, i, S):
+    return page[622, 110 + i * (1370 // S) + 1]                           # below the token's number
+
+
+def demo_canvas(width, height):
+    return letterbox(_portrait(width, height), 96, 128)
+
+
+def test_the_canvases_are_drawn_as_letterbox_makes_them():
+    page = drawn()
+    for x, size in zip((230, 725, 1220), SIZES, strict=True):
+        shown, expected = page[42 : 42 + 192, x : x + 256], to_pixels(demo_canvas(*size)).repeat(2, 0).repeat(2, 1)
+        same = (shown == expected).all(axis=-1).reshape(3, 64, 4, 64)[:, 24:, :, 24:]            # past edge and number
+        assert same.all(), size
+    assert page.shape[1] <= 1600
+
+
+def test_the_reference_is_drawn_as_the_tokens_of_its_canvas_in_the_grid_and_in_the_sequence():
+    page, S = drawn(), 60
+    tokens = encode_reference(torch.nn.AvgPool3d((1, 32, 32)), demo_canvas(*SIZES[-1])[None])[0]            # (12, 3)
+    colours = ((tokens + 1) * 127.5).round().int().numpy()
+    for i in range(12):
+        row, column = divmod(i, 4)
+        assert (token_colour(page, 48 + i, S) == colours[i]).all(), i
+        assert (page[280 + 64 * row + 40, 1220 + 64 * column + 40] == colours[i]).all(), i
+    assert len(np.unique(colours, axis=0)) > 6, "and they can be told apart"
+
+
+def test_the_video_is_drawn_as_one_blue_for_each_frame():
+    page = drawn()
+    frames = [{tuple(token_colour(page, i, 60).tolist()) for i in range(12 * f, 12 * f + 12)} for f in range(4)]
+    assert all(len(colours) == 1 for colours in frames), frames
+    assert len(set.union(*frames)) == 4, frames
+    assert all(blue > green > red for red, green, blue in set.union(*frames)), frames
+
+
+@pytest.mark.parametrize("sigma", [0.25, 1.0])
+def test_the_bars_are_as_high_as_the_timesteps_and_the_reference_has_none(sigma):
+    page = drawn(F=2, sigma=sigma)
+    grey = (page[640:710] == 105).all(axis=-1)                            # 64 rows of pixels for 1
+    heights = [grey[:, 110 + i * (1370 // 36) + 1].sum() for i in range(36)]
+    assert set(heights[:24]) == {round(64 * sigma)}, heights
+    assert set(heights[24:]) == {0}, heights

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors import safe_open
 
 import rope
@@ -213,8 +214,128 @@ def test_wrong_input_is_refused_in_one_line(call, message):
     assert "\n" not in str(caught.value)
 
 
-def test_the_demo_shows_the_figure(capsys):
+SHIFTS = {"overlap": (0, 0, 0), "time_only": (1, 0, 0), "space_only": (0, 1, 1), "tass": (1, 1, 1)}  # in units of F, H, W
+
+
+@pytest.mark.parametrize("placement", SHIFTS)
+def test_the_score_map_is_the_mean_cosine_of_the_angle_differences(placement):
+    """Two routes: rotating vectors in float32, and cosines of distance times frequency in float64."""
+    F, H, W, frame = 16, 6, 9, 15
+    query, cells = torch.tensor([[frame, H // 2, W // 2]]), rope.reference_grid(F, H, W, placement)
+    token, cells = (rope.grid_to_positions(grid, 24).mean(-1).double() for grid in (query, cells))  # (3, 1), (3, R)
+    distance = (token - cells) * 2 / torch.tensor([20, 2048, 2048])[:, None]  # (3, R)
+    cosines = (rope.rotary_frequencies(4096 // 6, 10000).double() * distance[..., None]).cos()  # (3, R, n)
+    expected = (cosines.sum(dim=(0, 2)) + 2) / 2048  # two pairs of channels stand still
+    found = difference(rope.score_map(F, H, W, placement, frame).flatten().double(), expected)
+    assert found < 1e-3, found
+
+
+def test_the_score_map_is_what_random_content_gives_on_average():
+    torch.manual_seed(1)
+    F, H, W, heads, hd = 4, 3, 4, 4, 32
+    grid = torch.cat([torch.tensor([[1, 1, 2]]), rope.reference_grid(F, H, W, "overlap")])
+    q = torch.nn.functional.normalize(torch.randn(2000, 1, heads * hd), dim=-1).unflatten(-1, (heads, hd)).transpose(1, 2)
+    x = rope.apply_rotary(q.expand(-1, -1, len(grid), -1), *rope.rotary_tables(
+        rope.grid_to_positions(grid, 24)[None], heads * hd, heads))  # fmt: skip
+    average = (x[:, :, :1] * x[:, :, 1:]).sum(dim=(1, 3)).mean(dim=0).reshape(H, W)
+    found = difference(average, rope.score_map(F, H, W, "overlap", 1, heads * hd, heads))
+    assert found < 0.01, found
+
+
+def test_the_same_cell_leads_only_where_rows_and_columns_are_shared():
+    F, H, W = 16, 16, 24
+    for frame in (0, 7, 15):
+        for placement in SHIFTS:
+            score = rope.score_map(F, H, W, placement, frame)
+            lead = (score[H // 2, W // 2] - score.mean()).item()
+            if placement in ("overlap", "time_only"):
+                assert score.argmax() == H // 2 * W + W // 2 and lead > 0.5, (placement, frame, lead)
+            else:
+                assert abs(lead) < 0.01 and score.max() - score.min() < 0.1, (placement, frame, lead)
+    assert rope.score_map(F, H, W, "overlap", 0)[H // 2, W // 2].item() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("frame", [0, 15])
+def test_a_shift_in_time_alone_moves_every_cell_of_the_score_map_alike(frame):
+    for still, moved in (("overlap", "time_only"), ("space_only", "tass")):
+        change = rope.score_map(16, 8, 12, moved, frame) - rope.score_map(16, 8, 12, still, frame)
+        assert change.abs().min() > 0.05 and change.max() - change.min() < 1e-3, (still, moved)
+
+
+def test_a_fixed_turn_of_the_query_would_undo_the_shift_of_tass():
+    """The placement is no lock: a layer that learnt this turn would see the same cell lead again."""
+    F, H, W, heads, hd = 16, 8, 12, 32, 128
+    limits = torch.tensor([20.0, 2048, 2048])
+    middle = [rope.grid_to_positions(rope.reference_grid(F, H, W, name), 24).mean(-1) for name in ("tass", "overlap")]
+    shift = (middle[0] - middle[1])[:, :1]
+    turn = rope.rotary_tables((shift + limits[:, None] / 2)[None], heads * hd, heads)  # angle 0 is at half of max_pos
+    place = rope.grid_to_positions(torch.tensor([[0, H // 2, W // 2]]), 24)[None]
+    cells = rope.grid_to_positions(rope.reference_grid(F, H, W, "tass"), 24)[None]
+    content = torch.full((1, heads, H * W, hd), (heads * hd) ** -0.5)
+    q = rope.apply_rotary(rope.apply_rotary(content[:, :, :1], *turn), *rope.rotary_tables(place, heads * hd, heads))
+    k = rope.apply_rotary(content, *rope.rotary_tables(cells, heads * hd, heads))
+    found = difference((q * k).sum(dim=(0, 1, 3)).reshape(H, W), rope.score_map(F, H, W, "overlap", 0))
+    assert found < 1e-3, found
+
+
+@pytest.fixture(scope="module")
+def picture():
+    return rope.draw()
+
+
+def centres(picture, column: int, top: int, rows: int, columns: int, cell: int) -> list[list[tuple[int, ...]]]:
+    """The colours at the middle of every square of a panel."""
+    left = 50 + 372 * column
+    spots = [[(left + c * cell + cell // 2, top + r * cell + cell // 2) for c in range(columns)] for r in range(rows)]
+    return [[picture.getpixel(spot) for spot in row] for row in spots]
+
+
+@pytest.mark.parametrize(("column", "placement"), enumerate(SHIFTS))
+def test_the_picture_shows_video_and_reference_cells_where_the_paper_and_the_placements_put_them(
+    picture, column, placement
+):
+    """The paper's example: 3 rows x 4 columns, here 5 frames; tass is at rows 3..5, columns 4..7, time 5."""
+    dt, dr, dc = (shift * size for shift, size in zip(SHIFTS[placement], (5, 3, 4), strict=True))
+    colour = {kind: tuple(value) for kind, value in zip(("", "V", "R", "VR"), rope.COLOURS.tolist(), strict=True)}
+
+    def expected(rows, columns, video, reference):
+        kinds = [["V" * ((r, c) in video) + "R" * ((r, c) in reference) for c in range(columns)] for r in range(rows)]
+        return [[colour[kind] for kind in row] for row in kinds]
+
+    def block(rows, columns, r0=0, c0=0):
+        return {(r0 + r, c0 + c) for r in range(rows) for c in range(columns)}
+
+    front = expected(6, 8, block(3, 4), block(3, 4, dr, dc))
+    assert centres(picture, column, 110, 6, 8, 32) == front
+    side = expected(6, 6, block(3, 5), block(3, 1, dr, dt))
+    assert centres(picture, column, 368, 6, 6, 32) == side
+
+
+@pytest.mark.parametrize(("column", "placement"), enumerate(SHIFTS))
+def test_the_picture_colours_the_scores_on_one_scale(picture, column, placement):
+    for top, frame in ((626, 0), (884, 15)):
+        score = rope.score_map(16, 16, 24, placement, frame)
+        expected = rope.HEAT[(score.clamp(0, 1) * 100).long()].tolist()
+        assert centres(picture, column, top, 16, 24, 12) == [[tuple(colour) for colour in row] for row in expected]
+    assert rope.HEAT.shape == (101, 3) and (rope.HEAT[1:].sum(dim=1) < rope.HEAT[:-1].sum(dim=1)).all(), "darker = higher"
+
+
+def test_the_picture_fits_a_slide_and_other_sizes_can_be_drawn(picture):
+    assert picture.mode == "RGB" and picture.width <= 1600
+    other = rope.draw(1, 1, 1, video=(2, 4, 5))
+    assert other.size == picture.size
+    assert centres(other, 3, 110, 2, 2, 48)[1][1] == tuple(rope.COLOURS[2].tolist()), "one cell, past the corner"
+
+
+def test_the_demo_shows_the_figure(capsys, tmp_path, monkeypatch, picture):
+    monkeypatch.chdir(tmp_path)
     rope._demo()
     printed = capsys.readouterr().out
-    assert "tass: reference at time 5..5, rows 3..5, columns 4..7" in printed
-    assert "shared cells: 12 of 12" in printed
+    lines = printed.strip().splitlines()
+    assert 10 <= len(lines) <= 25
+    assert "tass: reference at time 5, rows 3..5, columns 4..7" in lines
+    assert "  frame  0: same cell  1.00, mean  0.44, lead  0.56" in lines
+    assert lines[-2].startswith("wrote rope_demo.png: ") and lines[-1].startswith("Notice: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["rope_demo.png"]
+    with Image.open("rope_demo.png") as saved:
+        assert saved.tobytes() == picture.tobytes()

@@ -1,4 +1,4 @@
-"""sample.py end to end on a random tiny checkpoint: files, seeds, scales, refusals; and `denoise` on its own.
+"""sample.py end to end on a random tiny checkpoint: files, seeds, scales, refusals.
 
 The weights are random, so the videos are noise; what is shown is that every part is connected as it should be.
 Hardware: CPU, under half a minute. Run: python -m pytest tests/test_sample.py
@@ -21,8 +21,7 @@ from tiny import INFERENCE, SIZES, draw_face, livelier, write_tiny
 
 import sample
 from lora import add_lora, save_lora
-from model import VideoTransformer, ltx_sigmas
-from rope import grid_to_positions, reference_grid, video_grid
+from model import VideoTransformer
 
 PROMPT = "a person in a red shirt laughs"
 
@@ -328,80 +327,3 @@ def test_a_failure_while_writing_leaves_no_half_files(tiny, tmp_path, monkeypatc
     assert sample.main(arguments(tiny, tmp_path / "out.mp4")) == 2
     assert "No space left" in capfd.readouterr().err
     assert not list(tmp_path.iterdir())
-
-
-# ------------------------------------------------------------ denoise on its own
-
-
-GRID, RATE, SCALES = (2, 3, 2), 8.0, (4, 8)
-L, R, C = 12, 6, SIZES.in_channels
-
-
-@pytest.fixture(scope="module")
-def transformer():
-    torch.manual_seed(1)
-    return livelier(VideoTransformer(SIZES)).eval()
-
-
-def run(transformer, batch: int = 1, seed: int = 3, reference=True, **options):
-    g = torch.Generator().manual_seed(seed)
-    noise, tokens = torch.randn(batch, L, C, generator=g), torch.randn(batch, R, C, generator=g)
-    context, null = (torch.randn(batch, 8, SIZES.dim, generator=g) for _ in range(2))
-    pick = options.pop("pick", slice(None))
-    reference = {True: tokens, None: None}.get(reference, reference) if not torch.is_tensor(reference) else reference
-    reference = reference if reference is None else reference[pick]
-    return sample.denoise(transformer, context[pick], null[pick], reference, GRID, RATE, SCALES,
-                          ltx_sigmas(3, 48), noise[pick], **options)  # fmt: skip
-
-
-def test_without_reference_scale_the_reference_is_ignored_bit_for_bit(transformer):
-    plain = run(transformer, ref_scale=0.0)
-    assert plain.shape == (1, C, *GRID) and plain.dtype == torch.float32
-    assert torch.equal(plain, run(transformer, ref_scale=0.0, reference=torch.full((1, R, C), 9.0)))
-    assert torch.equal(plain, run(transformer, reference=None, ref_scale=5.0, order="two_deltas"))
-    assert (plain - run(transformer, ref_scale=2.0)).abs().max() > 1e-2
-
-
-def test_a_batch_of_two_equals_two_singles(transformer):
-    for order in sample.ORDERS:
-        both = run(transformer, batch=2, order=order)
-        singles = torch.cat([run(transformer, batch=2, order=order, pick=slice(i, i + 1)) for i in range(2)])
-        found = (both - singles).abs().max().item()
-        assert found < 1e-4, f"{order}: {found}"  # other sums of the same numbers, rounded otherwise
-
-
-def test_the_plain_loop_written_out_gives_the_same_video(transformer):
-    """Two routes, one answer: three passes and one Euler step written out by hand."""
-    found = run(transformer, text_scale=3.0, ref_scale=2.0)
-    g = torch.Generator().manual_seed(3)
-    x, tokens = torch.randn(1, L, C, generator=g), torch.randn(1, R, C, generator=g)
-    context, null = (torch.randn(1, 8, SIZES.dim, generator=g) for _ in range(2))
-    grid = torch.cat([video_grid(*GRID), reference_grid(*GRID)])
-    positions = grid_to_positions(grid, RATE, *SCALES)[None]
-    sigmas = ltx_sigmas(3, 48)
-    with torch.no_grad():
-        for s, s_next in zip(sigmas[:-1], sigmas[1:], strict=True):
-            level = torch.full((1, L + R), s.item())
-            level[:, L:] = 0  # the reference is clean at every step
-            full = transformer(torch.cat([x, tokens], 1), level, s[None], positions, context)[:, :L]
-            text, none = (transformer(x, level[:, :L], s[None], positions[:, :, :L], c) for c in (context, null))
-            velocity = none + 3.0 * (text - none) + 2.0 * (full - text)
-            x = x + (s_next - s) * velocity
-    difference = (found - x.transpose(1, 2).reshape(1, C, *GRID)).abs().max().item()
-    assert difference < 1e-4, difference
-
-
-def test_plain_conditional_sampling_costs_one_pass_per_step(transformer):
-    lengths = []
-    handle = transformer.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
-    run(transformer, text_scale=1.0, ref_scale=1.0)
-    run(transformer, text_scale=3.0, ref_scale=2.0)
-    handle.remove()
-    assert lengths == [L + R] * 3 + [L + R, L, L] * 3
-
-
-def test_a_number_that_is_not_finite_stops_the_run_and_names_the_step(transformer):
-    broken = run(transformer, reference=torch.full((1, R, C), 1.0))
-    assert broken.isfinite().all()
-    with pytest.raises(ValueError, match="at step 1 of 3; use --dtype float32"):
-        run(transformer, reference=torch.full((1, R, C), float("nan")))

@@ -640,3 +640,65 @@ def test_an_encoder_that_does_not_fit_its_gemma_is_refused_before_gemma_is_read(
     assert "connector_num_attention_heads" in line()
     save_checkpoint(path, tensors, {"vae": {}}, {})
     assert "connector_num_attention_heads" in line()
+
+
+# ------------------------------------------------------------ the demo's picture
+
+
+def test_the_sources_of_the_rows_are_what_fill_put_there():
+    connector = Connector(TRANSFORMER)
+    features, mask = torch.randn(2, 8, 16), torch.tensor([[0, 0, 0, 0, 0, 1, 1, 1], [1, 0, 1, 0, 0, 0, 0, 1]])
+    sources = text.row_sources(connector, features, mask)
+    assert sources.tolist() == [[5, 6, 7, -4, -1, -2, -3, -4], [0, 2, 7, -4, -1, -2, -3, -4]]
+    filled, registers = connector.fill(features, mask), connector.learnable_registers
+    for b in range(2):
+        for place, p in enumerate(sources[b].tolist()):
+            assert torch.equal(filled[b, place], features[b, p] if p >= 0 else registers[-1 - p])
+
+
+def test_another_word_changes_no_row_before_it_until_the_connector_mixes_them():
+    encoder, _ = tiny_encoder()
+    words = [encoder.tokenizer.encode(prompt) for prompt in ("A man nods in the rain", "A man nods on the rain")]
+    first = next(i for i, (a, b) in enumerate(zip(*words, strict=False)) if a != b)
+    assert 2 < first < len(words[0]) - 2
+    before, after = text.row_changes(encoder, "A man nods in the rain", "A man nods on the rain")
+    assert before.shape == after.shape == (32,)
+    assert before[:first].max() < 1e-5 < 1e-2 < before[first]  # rounding; rows have a size of about 1
+    assert after.min() > 1e-4, "every row of the context, registers too"
+    same = text.row_changes(encoder, "A man", "A man")
+    assert max(x.max() for x in same) < 1e-5
+
+
+def test_the_picture_shows_the_pieces_the_rows_and_the_changes_of_the_functions():
+    encoder, _ = tiny_encoder()
+    prompt, other = "A man nods in a café", "A man nods on a café"
+    picture = text.draw(encoder, prompt, other)
+    assert picture.mode == "RGB" and 1000 < picture.width <= 1600 and 500 < picture.height < 1400
+    pieces = [encoder.tokenizer.pieces[i] for i in encoder.tokenizer.encode(prompt)]
+    assert [text.kind_of(piece) for piece in pieces][-2:] == ["byte of a character that the vocabulary lacks"] * 2
+    colours = [text.KINDS[text.kind_of(piece)] for piece in pieces]
+    blank, register = 32 - len(pieces), text.KINDS["register"]
+    changes = [text.heat(value) for value in text.row_changes(encoder, prompt, other)[1].tolist()]
+    rows = [[text.PADDING] * blank + colours, colours + [register] * blank, [text.KINDS["special"]] + [register] * 31,
+            changes]  # fmt: skip
+    # From below: 14 pixels of ground, two lines of 16 cells, 32 pixels each, 42 with the title.
+    for i, grid in enumerate(reversed(rows)):
+        top = picture.height - 14 - 2 * 32 - i * (2 * 32 + 42 + 14)
+        for p, colour in enumerate(grid):
+            corner = text.MARGIN + p % 16 * text.CELL + 3, top + p // 16 * 32 + 3
+            assert picture.getpixel(corner) == tuple(colour), (i, p)
+    line = [picture.getpixel((x, 56)) for x in range(text.MARGIN, picture.width - text.MARGIN)]
+    runs = [pixel for before, pixel in zip([None, *line], line, strict=False) if pixel != before]
+    assert [pixel for pixel in runs if pixel != (255, 255, 255)] == colours, "one box per piece"
+
+
+def test_the_demo_explains_and_draws(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    text._demo()
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert lines[-2].startswith("wrote text_demo.png: ") and lines[-1].startswith("Notice: ") and len(lines) <= 25
+    assert "the padding change the context by at most 0.0e+00" in "\n".join(lines)
+    assert [path.name for path in tmp_path.iterdir()] == ["text_demo.png"]
+    monkeypatch.setattr(text, "TINY", tmp_path)
+    with pytest.raises(ValueError, match="expected .*model.safetensors"):
+        text._demo()

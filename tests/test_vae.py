@@ -1,6 +1,6 @@
 """The VAE equals Diffusers' LTX-2 VAE on random sizes and weights; it is causal; its decibels are decibels.
 Decoding in tiles: the official intervals, a stated error, no seam, and memory that does not grow with the video.
-Decoding one frame: bit for bit with a long reach, to a stated error with a short one.
+Decoding one frame: bit for bit with a long reach, to a stated error with a short one. The demo and its picture.
 
 Hardware: CPU, under 20 seconds. Run: python -m pytest tests/test_vae.py
 """
@@ -8,6 +8,7 @@ Hardware: CPU, under 20 seconds. Run: python -m pytest tests/test_vae.py
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -562,3 +563,61 @@ def test_two_latent_frames_on_either_side_give_the_frame_of_the_whole_video_to_f
     assert list(found.values()) == sorted(found.values()), found
     assert all(found[reach] > least for reach, least in REACHES.items()), found
     assert found[0] < 47, "a reach of nothing can be told apart: the comparison means something"
+
+
+class Folding:
+    """In the place of a VAE: cells of 2 frames x 4 x 4 pixels, and one known error on the way back, in frame 2."""
+
+    time_scale = 2
+
+    def encode(self, video):
+        first, rest = video[:, :, :1].repeat(1, 1, 2, 1, 1), video[:, :, 1:]
+        self.video = video
+        return 2 * torch.nn.functional.avg_pool3d(torch.cat([first, rest], dim=2), (2, 4, 4))
+
+    def decode(self, latent):
+        back = self.video.clone()
+        back[:, 1, 2, :4, :4] += 0.1  # green, in frame 2, upper left: four times 0.1 of 2 is 51 of 255
+        return back
+
+
+def test_the_picture_holds_the_clip_its_reconstruction_four_times_their_difference_and_the_latents():
+    video = torch.rand(1, 3, 5, 8, 12) * 1.6 - 0.8
+    pixels = np.asarray(vae_file.draw(Folding(), video, scale=2))
+    as_bytes = ((video[0] + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()        # (F, h, w, 3)
+    left, step, h, w = 150, 12 * 2 + 6, 16, 24  # the label column, a frame and its gap, the size of an enlarged frame
+    tops = [30, 38 + h, 66 + 2 * h, 124 + 3 * h]
+    for f in range(5):
+        columns = slice(left + f * step, left + f * step + w)
+        seen, made, difference = (pixels[top : top + h, columns][::2, ::2] for top in tops[:3])
+        assert np.array_equal(seen, as_bytes[f]), f"frame {f} of the input"
+        wrong = np.zeros((8, 12, 3), dtype=bool)
+        wrong[:4, :4, 1] = f == 2
+        assert np.array_equal(made[~wrong], as_bytes[f][~wrong]), f"frame {f} of the reconstruction"
+        assert (difference[~wrong] == 255).all() and (difference[wrong] == 204).all(), np.unique(difference)
+    cells = torch.nn.functional.avg_pool2d(video[0].transpose(0, 1)[[0, 1, 3]], 4)        # (3, 3, 2, 3): first frames
+    cells[1:] = (cells[1:] + torch.nn.functional.avg_pool2d(video[0].transpose(0, 1)[[2, 4]], 4)) / 2
+    for cell, x in enumerate([left, left + step + step // 2, left + 3 * step + step // 2]):  # middles of their spans
+        found = pixels[tops[3] : tops[3] + h, x : x + w][4::8, 4::8].astype(int)
+        expected = ((cells[cell] + 1) * 127.5).round().permute(1, 2, 0).numpy()
+        assert np.abs(found - expected).max() <= 1, f"latent frame {cell}"
+
+
+def test_the_demo_prints_the_decibels_of_the_bundled_vae_and_writes_its_picture(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    vae_file.demo()
+    lines = capsys.readouterr().out.splitlines()
+    decibels = float(next(line for line in lines if " dB" in line).split(" dB")[0].split()[-1])
+    assert 25 < decibels < 40, decibels
+    assert [line.split(":")[0] for line in lines[-2:]] == ["wrote vae_demo.png", "Notice"]
+    assert [path.name for path in tmp_path.iterdir()] == ["vae_demo.png"]
+    assert np.asarray(vae_file.Image.open("vae_demo.png")).shape[1] <= 1600
+
+
+def test_without_the_bundled_file_the_demo_says_so_in_one_line_and_prints_the_rest(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(vae_file, "__file__", str(tmp_path / "vae.py"))
+    vae_file.demo()
+    text = capsys.readouterr().out
+    assert text.count("no picture") == 1 and "8 frames x 32 x 32 pixels" in text and "Notice:" in text
+    assert not list(tmp_path.iterdir())

@@ -3,6 +3,7 @@
     pytest tests/test_world.py
 """
 
+import numpy as np
 import torch
 
 import world
@@ -78,3 +79,42 @@ def test_half_of_the_references_share_the_clips_setting():
 def test_the_same_generator_gives_the_same_clip():
     assert torch.equal(clips(3, seed=5)[0], clips(3, seed=5)[0])
     assert not torch.equal(clips(3, seed=5)[0], clips(3, seed=6)[0])
+
+
+# ------------------------------------------------------------ the demo's picture
+
+
+def test_the_contact_sheet_shows_the_rendered_pixels_with_reference_and_frames_in_place():
+    clips_ = world.one_of_each("val", 7)
+    sheet = np.asarray(world.draw(clips_))
+    assert sheet.shape[1] <= 1600 and len(clips_.captions) == len(world.ACTIONS)
+    shown = [clips_.references, *(clips_.video[:, :, f] for f in world.SHOWN)]
+    for row in range(len(clips_.captions)):
+        top = world.TOP + row * (world.LINE + world.TILE + world.GAP) + world.LINE
+        for k, pictures in enumerate(shown):
+            left = world.GAP + k * (world.TILE + world.GAP) + 2 * world.GAP * (k > 0)
+            tile = sheet[top:top + world.TILE:2, left:left + world.TILE:2]
+            assert (tile == world.to_uint8(pictures[row]).permute(1, 2, 0).numpy()).all(), (row, k)
+            assert (sheet[top - 1:top, left:left + world.TILE] == 255).all(), "white ground, no text on the picture"
+        tile = sheet[top:top + world.TILE, -world.GAP - world.TILE:-world.GAP].astype(int)
+        mask = clips_.masks[row, world.SHOWN[-1]].numpy().repeat(2, 0).repeat(2, 1)
+        line = tile[..., 0] != tile[..., 2]  # red
+        assert (abs(tile[..., 0] - 255 * mask)[~line] <= 1).all()
+        ys, xs = np.nonzero(line)
+        box = clips_.boxes[row, world.SHOWN[-1]].numpy()
+        assert abs(np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]) / 2 - box).max() <= 0.5, "pixels of 64"
+
+
+def test_every_action_is_in_the_sheet_once_and_its_caption_says_so():
+    clips_ = world.one_of_each()
+    for action, words in zip(world.ACTIONS, clips_.captions, strict=True):
+        assert action in words
+    assert not torch.equal(clips_.references, world.one_of_each(seed=8).references)
+
+
+def test_the_demo_explains_and_draws(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    world._demo()
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert lines[-2].startswith("wrote world_demo.png: ") and lines[-1].startswith("Notice: ") and 10 <= len(lines) <= 25
+    assert [path.name for path in tmp_path.iterdir()] == ["world_demo.png"]

@@ -140,7 +140,8 @@ def settings_key(args: argparse.Namespace) -> str:
     files = [args.checkpoint_path, *sorted(p for p in args.gemma_root.iterdir() if p.is_file())]
     files += [HERE / f"{name}.py" for name in CODE]
     told = [args.split, args.people, args.prompts, args.num_inference_steps, args.text_scale, args.ref_scale,
-            args.order, args.rescale, args.guide_range, args.guide_every, args.dtype, args.seed, *(content_hash(path, {}) for path in files)]
+            args.order, args.rescale, args.guide_range, args.guide_every, args.dtype, args.seed,
+            *(content_hash(path, {}) for path in files)]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]
 
 

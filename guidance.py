@@ -28,7 +28,7 @@ Usage:
     v = guide(predict, text_scale=3.0, ref_scale=2.0)           # three calls of the model
     v = guide(predict, text_scale=1.0, ref_scale=1.0)           # one call
 
-Read next: sample.py, which calls this once per denoising step.
+Read next: denoise.py, which calls this once per step.
 """
 
 import math
@@ -128,9 +128,10 @@ def guide(
 def keep_arrows(predict: Callable[[bool, bool], Tensor], kept: dict, fresh: bool) -> Callable[[bool, bool], Tensor]:
     """A `predict` for `guide` that saves calls: only the first stream asked for is run, others follow it at a distance.
 
-    our reading, not in the paper: what a condition changes varies less from step to step than the picture does. So the
-    arrows from the first (most conditioned) stream to the others are stored in `kept` when `fresh`, and laid onto the
-    new first stream when not. `kept` is one dict for a whole run, its first step fresh. fresh everywhere = off.
+    our reading: the paper knows nothing of it. What a condition changes varies less from step to step than the picture
+    does. So the arrows from the first (most conditioned) stream to the others are stored in `kept` when `fresh`, and
+    laid onto the new first stream when not. `kept` is one dict for a whole run, its first step fresh. fresh in every
+    step = off. predict and the result are as in `guide`.
     """
     anchor = []
 

@@ -177,19 +177,15 @@ def walk_vae(vae: VideoVAE, grid: tuple[int, int, int], dtype: torch.dtype) -> t
     return flops, alive
 
 
-def least_bytes(config: dict, grid: tuple[int, int, int], dtype: torch.dtype, tiled: bool = True) -> dict[str, int]:
-    """What a video of this size takes at the least besides the weights, by what is done: for refusing it in time.
+def least_bytes(config: dict, grid: tuple[int, int, int], space_scale: int, dtype: torch.dtype, tiled: bool = True
+                ) -> dict[str, int]:
+    """What a video of this size takes at the very least besides the weights, by what is done: to refuse it in time.
 
-    grid: latent frames, rows, columns. Any size is answered at once: the VAE is walked on 8 x 8 cells, the rest is its
-    area. A tile of the decoder is smaller than the picture that was encoded, so that tiled, only the latter counts.
+    grid: latent frames, rows, columns; space_scale of the VAE. Tiled, the decoder sees less at once than the encoder saw
+    of the reference. Counted are three of the VAE's widest tensors: input, normalised and output of its last block.
     """
-    (F, H, W), c = grid, TransformerConfig.from_checkpoint(config["transformer"])
-    with torch.device("meta"):
-        vae = VideoVAE(config["vae"]).to(dtype)
-    picture = torch.empty(1, 3, 1, 8 * vae.space_scale, 8 * vae.space_scale, dtype=dtype, device="meta")
-    with torch.no_grad(), LiveBytes() as live:
-        vae.decode(vae.encode(picture))
-    once = live.peak * H * W // 64
+    (F, H, W), c, vae = grid, TransformerConfig.from_checkpoint(config["transformer"]), config["vae"]
+    once = 3 * vae["decoder_base_channels"] * H * W * (space_scale // vae["patch_size"]) ** 2 * dtype.itemsize
     letters = {"n": (F + 1) * H * W, "N": 0, "D": c.dim, "b": dtype.itemsize}
     return {"encode the reference": once, "decode the video": once if tiled else once * F,
             "denoise": compute({"": ALIVE["denoise"]}, letters)[""]}

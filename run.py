@@ -159,19 +159,19 @@ def command(name: str, work: Callable[[], object]) -> int:
     try:
         with stoppable():
             work()
+        return 0
     except KeyboardInterrupt as stopped:
-        print(f"{name}: stopped; the same command goes on", file=sys.stderr)
-        return 128 + (stopped.args[0] if stopped.args else signal.SIGINT)
+        status = 128 + (stopped.args[0] if stopped.args else signal.SIGINT)
+        told = "stopped; the same command goes on"
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        message = " ".join(str(error).split())
-        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in message):
-            message = "expected enough memory for this size, got too little; take fewer or smaller clips at a time"
+        status, told = 2, " ".join(str(error).split())
+        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in told):
+            told = "expected enough memory for this size, got too little; take fewer or smaller clips at a time"
         elif isinstance(error, RuntimeError):
             raise  # a mistake of ours, which needs its traceback
-        print(f"{name}: error: {message}" + ("" if "; " in message else "; check that file and the free space"),
-              file=sys.stderr)
-        return 2
-    return 0
+        told = "error: " + told + ("" if "; " in told else "; check that file and the free space")
+    print(f"{name}: {told}", file=sys.stderr)  # out here progress bars have been closed, and their lines ended
+    return status
 
 
 class Run:

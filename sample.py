@@ -412,7 +412,8 @@ def check_memory(args: argparse.Namespace, config: dict, vae: VideoVAE) -> None:
         there = torch.cuda.get_device_properties(0).total_memory
     else:
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    least = plan.least_bytes(config, latent_grid(args, vae), getattr(torch, args.dtype), not args.no_tiling)
+    dtype = getattr(torch, args.dtype)
+    least = plan.least_bytes(config, latent_grid(args, vae), vae.space_scale, dtype, not args.no_tiling)
     part = max(least, key=least.get)
     if least[part] > there:
         raise ValueError(f"expected a size that fits, got {args.width}x{args.height}, {args.num_frames} frames: to {part} "

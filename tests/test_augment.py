@@ -216,10 +216,10 @@ def test_a_training_batch_takes_a_fraction_of_a_training_step():
     images, generator = torch.rand(64, 3, 64, 64) * 2 - 1, seeded()
     seconds = []
     for _ in range(8):
-        start = time.perf_counter()
+        start = time.process_time()
         augment_reference(images, generator)
-        seconds.append(time.perf_counter() - start)
-    # 10 to 20 ms on one core; ten times that is allowed, since a busy machine must not fail the test.
+        seconds.append(time.process_time() - start)
+    # 10 to 20 ms of processor time, which others on the machine do not use up; ten times that is allowed.
     assert min(seconds) < 0.2, min(seconds)
 
 

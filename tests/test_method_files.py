@@ -1,6 +1,6 @@
 """Each method file works alone: copied into an empty folder its demo runs, and it says where every claim comes from.
 
-No weights. Every demo is a fresh Python process: about ten seconds on one CPU core.
+No weights. Every demo and example is a fresh Python process: about twenty seconds on one CPU core.
 Run: python -m pytest tests/test_method_files.py
 """
 
@@ -8,6 +8,7 @@ import ast
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,16 @@ def test_the_demo_runs_in_an_empty_folder_and_says_what_to_notice(name, tmp_path
     pictures = [path.name for path in tmp_path.iterdir() if path.name != f"{name}.py"]
     assert len(pictures) <= 1, pictures
     assert all(picture.endswith(".png") for picture in pictures), pictures
+
+
+def test_the_header_s_example_runs_as_pasted(name, tmp_path):
+    """The first thing that somebody who lifts the file types: in an empty folder, beside the file alone."""
+    example = ast.get_docstring(tree(name)).split("\nUsage:\n")[1].split("\n\n")[0]
+    assert f"from {name} import" in example or f"import {name}" in example
+    shutil.copy(ROOT / f"{name}.py", tmp_path)
+    (tmp_path / "example.py").write_text(textwrap.dedent(example))
+    run = subprocess.run([sys.executable, "-sE", "example.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
 
 
 def test_it_imports_nothing_of_ours_and_only_common_packages(name):

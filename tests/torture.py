@@ -22,9 +22,11 @@ Read next: torture_inputs.py
 """
 
 import argparse
+import contextlib
 import hashlib
 import importlib
 import inspect
+import io
 import json
 import os
 import re
@@ -114,6 +116,14 @@ def show(command: list[str]) -> str:
 def main_of(script: str) -> Callable[[list[str]], int | None]:
     module = importlib.import_module(Path(script).stem)
     return module.main if inspect.signature(module.main).parameters else lambda _: module.main()
+
+
+def warm_up() -> None:
+    """Check a command once here, so that what PyTorch imports at first use is there for all forks: a second for each."""
+    words = ["--ref", str(ROOT / "examples" / "ada.png"), "--prompt", "", "--dry-run", "--output-path",
+             str(Path(tempfile.gettempdir()) / "torture.mp4")]
+    with contextlib.redirect_stdout(io.StringIO()):
+        main_of("sample.py")(words)
 
 
 def child(case: Case, command: list[str], folder: Path, main: Callable) -> int:
@@ -267,6 +277,8 @@ def main(arguments: list[str] | None = None) -> int:
              and (not args.refused or case.status == 2 and case.seconds <= Case.seconds)]
     faults = [(name, fault) for name, fault, quick in collect("torture_faults", "FAULTS")
               if (quick or not args.quick) and args.only in name and not args.refused]
+    if cases:
+        warm_up()
     print("| case | command | printed line | status | files left |\n|---|---|---|---|---|")
     rows: tuple[list[Row], list[Row]] = ([], [])
     for kind, work in enumerate([[lambda c=case: run_case(c) for case in cases],

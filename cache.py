@@ -184,11 +184,15 @@ def _sweep(folder):
             pass  # another process was faster
 
 
-def _save(path, key, tensor, what, source):
-    tensor = tensor.detach().cpu().contiguous()
+def _finite(tensor, what, source):
     if not tensor.isfinite().all():
         raise ValueError(f"expected finite numbers in the {what}, got NaN or infinity; the weights of the {source} are "
                          "damaged, download them again")
+    return tensor
+
+
+def _save(path, key, tensor):
+    tensor = tensor.detach().cpu().contiguous()
     metadata = {"key": key, "sha256": hashlib.sha256(_bytes(tensor)).hexdigest()}
     _write_beside(path, safetensors.torch.save({"x": tensor}, metadata))
 
@@ -282,7 +286,7 @@ def cache_latents(rows: Sequence[Row], vae: nn.Module, encode: Callable[[Tensor]
         path, key = _latent_path(row, folder, weights, known)
         if not _is_whole(path, key):
             latent = encode(_read_clip(row, known)[None])[0]
-            _save(path, key, latent, f"latent of row {row.number} ({row.video.name})", "VAE")
+            _save(path, key, _finite(latent, f"latent of row {row.number} ({row.video.name})", "VAE"))
 
     _share(rows[rank::world], make, wait, "latents", "clip", rank, lambda: _write_known(folder, "hashes", rank, known))
     known |= _read_known(folder, "hashes")  # what the others found
@@ -355,7 +359,8 @@ def cache_contexts(captions: Sequence[str], encode: Callable[[list[str]], Tensor
 
     def make(caption):
         if not _is_whole(paths[caption], paths[caption].stem):
-            _save(paths[caption], paths[caption].stem, encode([caption])[0], f"context of {caption!r:.60}", "text model")
+            context = _finite(encode([caption])[0], f"context of {caption!r:.60}", "text model")
+            _save(paths[caption], paths[caption].stem, context)
 
     _share(captions[rank::world], make, wait, "captions", "caption", rank)
     _all_there(list(paths.values()), world)
@@ -444,6 +449,7 @@ def main(words: list[str] | None = None) -> int:
     args = p.parse_args(words)
     from text import check_text
 
+    stopped = 0
     try:
         with stoppable():
             _check_device(args.device)
@@ -456,9 +462,10 @@ def main(words: list[str] | None = None) -> int:
               file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        number = stop.args[0] if stop.args else signal.SIGINT
+        stopped = stop.args[0] if stop.args else signal.SIGINT
+    if stopped:  # told after the block: until then the exception keeps the bar open, in the middle of a line
         print(f"cache.py: stopped; what is whole stays in {args.folder}, and the same command goes on", file=sys.stderr)
-        return 128 + number
+        return 128 + stopped
     return 1 if report.refused else 0
 
 

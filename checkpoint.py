@@ -49,19 +49,28 @@ TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16
 JSON_BYTES = 100_000_000  # our reading: what safetensors allows for its table; Gemma's tokenizer.json is a third of it
 JSON_DEPTH = 32           # our reading: LTX-2.3's config has 5 levels; a thousand would exhaust the stack
 MOST_LAYERS = 1000        # our reading: LTX-2.3 and its Gemma have 48; a billion would be built for ever
-# Numbers that are read of a config: type and largest value.
-LAYERS = "num_layers", "connector_num_layers", "encoder_blocks", "decoder_blocks"
+# Numbers that are read of a config: type, smallest, largest, and how many where it is a list (0 = any).
 SIZES = ("in_channels", "out_channels", "latent_channels", "encoder_base_channels", "decoder_base_channels", "patch_size",
          "num_attention_heads", "attention_head_dim", "connector_num_attention_heads", "connector_attention_head_dim",
          "connector_num_learnable_registers", "text_max_length", "width", "height", "num_frames", "steps",
-         "schedule_tokens", "guide_every", "stg_blocks")
-SCALES = ("positional_embedding_theta", "positional_embedding_max_pos", "connector_positional_embedding_max_pos",
-          "norm_eps", "multiplier", "timestep_scale_multiplier", "frame_rate", "text_scale", "ref_scale", "rescale",
-          "stg_scale", "guide_range", "reference_psnr_floor")
-LIMITS = dict.fromkeys(LAYERS, (int, MOST_LAYERS)) | dict.fromkeys(SIZES, (int, 1e6)) | dict.fromkeys(SCALES, (float, 1e9))
+         "schedule_tokens", "guide_every", "multiplier")
+SCALES = "text_scale", "ref_scale", "rescale", "stg_scale", "reference_psnr_floor"
+POSITIVE = "positional_embedding_theta", "norm_eps", "timestep_scale_multiplier", "frame_rate"
+LIMITS = dict.fromkeys(("num_layers", "connector_num_layers"), (int, 1, MOST_LAYERS, None))
+LIMITS |= dict.fromkeys(SIZES, (int, 1, 1e6, None)) | dict.fromkeys(SCALES, (float, 0, 1e9, None))
+LIMITS |= dict.fromkeys(POSITIVE, (float, 1e-12, 1e9, None))
+LIMITS |= {"positional_embedding_max_pos": (float, 1e-12, 1e9, 3),
+           "connector_positional_embedding_max_pos": (float, 1, 1e9, 1), "guide_range": (float, 0, 1, 2),
+           "stg_blocks": (int, 0, MOST_LAYERS, 0)}
 
 
-# ------------------------------------------------------------ JSON from outside
+# ------------------------------------------------------------ text from outside
+
+
+def brief(told: object, most: int = 160) -> str:
+    """What a file or a library says, as one short line that can be printed: a name in a file may hold anything."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in str(told)).split())
+    return line if len(line) <= most else f"{line[: most // 2]} ... {line[-most // 3 :]}"
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -192,29 +201,30 @@ def read_metadata(path: str | os.PathLike) -> dict:
         for part in ("transformer", "vae", "inference"):
             if not isinstance(metadata["config"].get(part, {}), dict):
                 raise ValueError(f"expected an object {part!r} in the config of {path}, got another; use {SINGLE_FILE}")
-            _check_numbers(part, metadata["config"].get(part), path)
+            _check_numbers(metadata["config"].get(part, {}), path)
     if other := stranger(metadata, names):
         raise ValueError(f"expected an LTX-2.3 checkpoint at {path}, got {other}")
     if "config" not in metadata:
-        got = sorted(metadata) or "an empty header"
+        got = brief(sorted(metadata)) if metadata else "an empty header"
         raise ValueError(f"expected a 'config' entry in the header of {path}, got {got}; use {SINGLE_FILE}")
     return metadata
 
 
-def _check_numbers(key: str, value: Any, path: str | os.PathLike) -> None:
+def _check_numbers(config: dict, path: str | os.PathLike) -> None:
     """Every number that modules will be built from is one, and is not absurd; whether it fits the tensors is seen later."""
-    if isinstance(value, dict | list):
-        for name, inner in value.items() if isinstance(value, dict) else ((key, inner) for inner in value):
-            _check_numbers(name, inner, path)
-        return
-    kind, most = LIMITS.get(key, (None, 0))
-    block_kind = key.endswith("_blocks") and isinstance(value, str) and value.isidentifier()
-    if kind is None or block_kind or isinstance(value, bool):
-        return
-    if type(value) not in (int, kind) or not 0 <= value <= most:  # NaN fails too
-        wanted = "an integer" if kind is int else "a number"
-        raise ValueError(f"expected {wanted} from 0 to {most:g} for {key:.40} in the config of {path}, got {value!r:.40}; "
-                         f"use {SINGLE_FILE}")
+    for key, value in config.items():
+        if key in ("encoder_blocks", "decoder_blocks"):  # [["res_x", {"num_layers": 4}], ["compress_all", 2], ...]
+            if not (isinstance(value, list) and all(isinstance(b, list) and len(b) == 2 for b in value)):
+                raise ValueError(f"expected pairs in {key} in the config of {path}, got {value!r:.40}; use {SINGLE_FILE}")
+            for _, inside in value:
+                _check_numbers(inside if isinstance(inside, dict) else {"num_layers": inside}, path)
+        elif key in LIMITS:
+            kind, least, most, count = LIMITS[key]
+            numbers = [value] if count is None else value if isinstance(value, list) and count in (0, len(value)) else [None]
+            if not all(type(n) in (int, kind) and least <= n <= most for n in numbers):  # NaN fails too
+                wanted = ("an integer" if kind is int else "a number") + (f", {count} times," if count else "")
+                raise ValueError(f"expected {wanted} from {least:g} to {most:g} for {key} in the config of {path}, got "
+                                 f"{value!r:.40}; use {SINGLE_FILE}")
 
 
 @contextmanager
@@ -224,10 +234,11 @@ def shapes_from(path: str | os.PathLike) -> Iterator[None]:
         with torch.device("meta"):
             yield
     except KeyError as error:
-        raise ValueError(f"expected {str(error):.80} in the config of {path}, got none; use {SINGLE_FILE}") from error
+        raise ValueError(f"expected {brief(error)} in the config of {path}, got none; use an LTX-2.3 checkpoint") from error
+    except ValueError as error:
+        raise ValueError(brief(error, 500)) from error
     except (TypeError, AttributeError, IndexError, ArithmeticError, RuntimeError, AssertionError) as error:
-        told = " ".join(str(error).split())
-        raise ValueError(f"expected sizes in the config of {path}, got what no model can be built from ({told:.120}); "
+        raise ValueError(f"expected sizes in the config of {path}, got what no model can be built from ({brief(error)}); "
                          f"use {SINGLE_FILE}") from error
 
 
@@ -252,7 +263,7 @@ def _check(file: TensorFile, path: str | os.PathLike, wanted: dict[str, Tensor],
     for name, like in wanted.items():
         entry, shape = file.get_slice(prefix + name), tuple(like.shape)
         if (found := tuple(entry.get_shape())) != shape:
-            raise ValueError(f"expected {prefix + name} of shape {shape} in {path}, got {found}; "
+            raise ValueError(f"expected {prefix + name} of shape {shape} in {path}, got {brief(found)}; "
                              "use a file whose config fits its tensors")
         if not TYPES.get(entry.get_dtype(), torch.uint8).is_floating_point:
             raise ValueError(f"expected floating-point numbers in {prefix + name} of {path}, got {entry.get_dtype()}; "
@@ -321,11 +332,12 @@ def describe(path: Path, error: Exception) -> str:
     if size == 0:
         return f"an empty file at {path}; download it again"
     if table is not None:
-        return f"{_cut_off(start[8:] + table, length, size) or f'a damaged one ({error})'} at {path}; download it again"
+        thing = _cut_off(start[8:] + table, length, size) or f"a damaged one ({brief(error)})"
+        return f"{thing} at {path}; download it again"
     for beginning, (thing, advice) in BEGINNINGS.items():
         if start.startswith(beginning):
             return f"{thing} at {path}; {advice}"
-    return f"a file of another kind at {path} ({error}); use {SINGLE_FILE}"
+    return f"a file of another kind at {path} ({brief(error)}); use {SINGLE_FILE}"
 
 
 def _cut_off(table: bytes, length: int, size: int) -> str | None:
@@ -381,18 +393,18 @@ def generation(version: str, settings: dict, names: list[str]) -> str | None:
     elder = any("caption_projection." in name for name in names)
     sound = any("audio" in name for name in names)
     if kind == "Transformer3DModel" or release < (1, 0) or (elder and not sound and kind is None and not number):
-        told = (f"_class_name {kind}" if kind else f"model_version {version!r}" if number else
+        told = (f"_class_name {brief(kind)}" if kind else f"model_version {version!r:.40}" if number else
                 "caption_projection tensors")  # fmt: skip
         return f"LTX-Video 0.9, an older model ({told})"
     if release < (2, 3) or elder or (kind == "AVTransformer3DModel" and "cross_attention_adaln" not in settings):
-        told = (f"model_version {version!r}" if release < (2, 3) else
+        told = (f"model_version {version!r:.40}" if release < (2, 3) else
                 "caption_projection tensors" if elder else "no cross_attention_adaln in its config")  # fmt: skip
         return f"LTX-2.0, an older model ({told})"
-    later = [f"{key} = {settings[key]}" for key, value in LATER.items() if settings.get(key, value) != value]
+    later = [f"{key} = {brief(settings[key])}" for key, value in LATER.items() if settings.get(key, value) != value]
     later += ["a tensor keyframes_abs_pos_embedding" for name in names if name.endswith("keyframes_abs_pos_embedding")]
     if release > (2, 3) or later:
-        told = f"model_version {version!r}" if release > (2, 3) else later[0]
-        return f"LTX-{version if release > (2, 3) else '2.5'}, a later model ({told})"
+        told = f"model_version {version!r:.40}" if release > (2, 3) else later[0]
+        return f"LTX-{brief(version, 40) if release > (2, 3) else '2.5'}, a later model ({told})"
     return None
 
 

@@ -43,7 +43,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import parse_json, read_text
+from checkpoint import brief, parse_json, read_text
 from frames import (
     DEFAULT_BUCKETS,
     TIE,
@@ -112,12 +112,12 @@ def load_faces(path: str | Path) -> Faces:
         reference = _read_face(data["reference"]) if data.get("reference") is not None else None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, OverflowError,
             RecursionError) as error:
-        told = f"no {error}" if isinstance(error, KeyError) else error
+        told = brief(f"no {error}" if isinstance(error, KeyError) else error)
         raise ValueError(f"expected a faces file with frame_rate, size and frames, got {told} in {path}; see load_faces"
                          ) from None
     same = len(times) == len(boxes) == len(marks)
     if len(size) != 2 or not 1 <= min(size) <= max(size) <= LARGEST or not 0 < frame_rate < 1e6 or not same:
-        got = f"{str(size):.80} and {frame_rate}"
+        got = f"{brief(size, 80)} and {frame_rate}"
         raise ValueError(f"expected size [h, w] and a frame rate above 0, got {got} in {path}; "
                          "see load_faces")
     if not (times.isfinite().all() and boxes.isfinite().all() and (boxes[:, 2:] > boxes[:, :2]).all()):
@@ -130,9 +130,9 @@ def _read_face(data):
     marks = data.get("landmarks")
     marks = None if marks is None else torch.tensor(marks, dtype=torch.float32)
     if len(size) != 2 or not 1 <= min(size) <= max(size) <= LARGEST:
-        raise ValueError(f"size {data['size']!s:.80} of the reference, not [h, w]")
+        raise ValueError(f"size {brief(data['size'], 80)} of the reference, not [h, w]")
     if box.shape != (4,) or not box.isfinite().all() or not (box[2:] > box[:2]).all():
-        raise ValueError(f"box {data['box']!s:.80} of the reference, not [x0, y0, x1, y1] with x1 > x0 and y1 > y0")
+        raise ValueError(f"box {brief(data['box'], 80)} of the reference, not [x0, y0, x1, y1] with x1 > x0 and y1 > y0")
     if (box[2:] <= 0).any() or box[0] >= size[1] or box[1] >= size[0]:
         raise ValueError(f"box {data['box']} outside the reference of {size[0]}x{size[1]}")
     if marks is not None and (marks.shape != (5, 2) or not marks.isfinite().all()):
@@ -336,6 +336,8 @@ def check_row(row: Row, buckets: Sequence[Bucket], frame_rate: float = 24.0, loo
         return replace(row, broken=error)
     except OSError as error:  # no permission, a name too long
         return replace(row, broken=Unusable("missing file", error))
+    except (ValueError, ArithmeticError) as error:  # a decoder's own words, times without end
+        return replace(row, broken=Unusable("cannot be decoded", error))
     return replace(row, bucket=bucket, found=found, frame_rate=frame_rate)
 
 
@@ -452,6 +454,7 @@ def main(words: list[str] | None = None) -> int:
     if args.command is None:
         p.print_help()
         return 0
+    stopped = 0
     try:
         if min(args.time_scale, args.space_scale) < 1:
             raise ValueError(f"expected scales of at least 1, got {args.time_scale} and {args.space_scale}; see --help")
@@ -461,8 +464,10 @@ def main(words: list[str] | None = None) -> int:
         print(f"clips.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
+        stopped = stop.args[0] if stop.args else signal.SIGINT
+    if stopped:  # told after the block: until then the exception keeps the bar open, in the middle of a line
         print("clips.py: stopped; nothing was written", file=sys.stderr)
-        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
+        return 128 + stopped
     return 1 if report.refused else 0
 
 

@@ -44,7 +44,7 @@ import world
 from cache import content_hash
 from checkpoint import load_weights, read_metadata, shapes_from
 from clips import Faces, faces_for_clip, load_faces
-from denoise import INFERENCE, denoise
+from denoise import INFERENCE, denoise, guidance_steps
 from face import FaceNet, align, faces_of, load_facenet, usable_landmarks
 from frames import Bucket, Crop, decode, probe
 from guidance import ORDERS
@@ -226,6 +226,7 @@ def score_world(args: argparse.Namespace) -> None:
     d, judge, head = m.config["inference"], load_facenet(args.judge), scores.load_head(args.head)
     for name in ("text_scale", "ref_scale", "rescale", "guide_range", "guide_every"):
         setattr(args, name, {**INFERENCE, **d}[name] if getattr(args, name) is None else getattr(args, name))
+    guidance_steps(torch.ones(2), args.guide_range, args.guide_every)  # complains about what it cannot do
     data, train = (test_set(args.people, args.prompts, d["height"], d["num_frames"], s) for s in (args.split, "train"))
     folder, who, true = args.folder / settings_key(args), data["who"], world.to_uint8(data["true"])
     side = {"true video": data, "through the VAE": data}

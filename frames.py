@@ -24,6 +24,7 @@ Read next: clips.py
 """
 
 import math
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -39,6 +40,7 @@ import torch.nn.functional as nnf
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from checkpoint import brief
 from reference import letterbox
 
 FORMAT = 1          # of the cached files and of the way clips are decoded; a change here makes every cached latent new
@@ -56,8 +58,7 @@ class Unusable(ValueError):
     """A row or clip that cannot be used: `reason` is one of a few words to count by, `detail` says what was found."""
 
     def __init__(self, reason: str, detail: object):
-        told = " ".join("".join(c if c.isprintable() else " " for c in str(detail)).split())  # a file name holds anything
-        self.reason, self.detail = reason, told if len(told) <= 400 else f"{told[:200]} ... {told[-160:]}"
+        self.reason, self.detail = reason, brief(detail, 400)
         super().__init__(f"{self.reason}: {self.detail}")
 
 
@@ -170,7 +171,9 @@ def open_picture(path: Path) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # broken camera notes, and large photos below Pillow's limit
             with Image.open(path, formats=formats) as image:
-                return ImageOps.exif_transpose(image)  # a copy, hence read to its end
+                picture = ImageOps.exif_transpose(image)  # a copy, hence read to its end
+        picture.info = {key: value for key, value in picture.info.items() if key == "transparency"}  # it is turned already
+        return picture
     except Exception as error:  # decoders raise nearly every type there is on damaged files
         raise Unusable("cannot be decoded", f"{path.name}: {error}") from None
 
@@ -209,6 +212,8 @@ def _opened(path):
                 raise Unusable("cannot be decoded", f"{path.name}: only the beginning of a file")
             if not streams:
                 raise Unusable("no video stream", path.name)
+            if streams[0].codec_context is None:
+                raise Unusable("cannot be decoded", f"{path.name}: in a form that this FFmpeg does not know")
             streams[0].thread_type = "AUTO"
             streams[0].codec_context.options = {"max_pixels": str(MOST_PIXELS)}
             yield container, streams[0]
@@ -305,8 +310,8 @@ def _announced_seconds(container, stream):
     if stream.duration and stream.time_base:
         return float(stream.duration * stream.time_base)
     if "matroska" in container.format.name and (text := stream.metadata.get("DURATION")):
-        hours, minutes, seconds = text.split(":")
-        return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+        numbers = re.fullmatch(r"(\d+):(\d+):([\d.]{1,20})", text)
+        return int(numbers[1]) * 3600 + int(numbers[2]) * 60 + float(numbers[3]) if numbers else None
     if "matroska" in container.format.name and container.duration and not container.streams.audio:
         return container.duration / 1e6
     return None

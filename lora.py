@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoint import open_file, parse_json, write_file
+from checkpoint import brief, open_file, parse_json, write_file
 
 # LTX-2.3: the modules of the published in-context LoRA recipe.
 LORA_TARGETS = tuple(f"{attn}.{name}" for attn in ("attn1", "attn2") for name in ("to_q", "to_k", "to_v", "to_out.0"))
@@ -226,7 +226,7 @@ def _header_alpha(metadata: dict[str, str]) -> float | None:
         config = {key.removeprefix("transformer."): value for key, value in parse_json(entry).items()}
         alpha = float(config["lora_alpha"]) if "lora_alpha" in config else None
     except (ValueError, TypeError, AttributeError, OverflowError) as error:
-        raise ValueError(f"expected JSON in 'lora_adapter_metadata', got {error}; remove the entry") from error
+        raise ValueError(f"expected JSON in 'lora_adapter_metadata', got {brief(error)}; remove the entry") from error
     for switch in ("use_rslora", "use_dora", "alpha_pattern"):
         if config.get(switch):
             raise ValueError(f"expected a plain LoRA, got {switch} in 'lora_adapter_metadata'; convert the file")
@@ -243,13 +243,15 @@ def _pair(name: str, parts: dict, linear: nn.Module, alpha: float | None) -> tup
     rank = A.shape[0] if A.ndim == 2 else 0
     if not rank or A.shape != (rank, linear.in_features) or B.shape != (linear.out_features, rank):
         weight = (linear.out_features, linear.in_features)
-        found = f"{key_A!r} {tuple(A.shape)} and {key_B!r} {tuple(B.shape)}"
+        found = f"{key_A!r} {brief(tuple(A.shape))} and {key_B!r} {brief(tuple(B.shape))}"
         raise ValueError(f"expected (rank, in) and (out, rank) for a weight {weight}, got {found}; check the model size")
     if "alpha" in parts:
         key, tensor = parts["alpha"]
         if tensor.numel() != 1:
-            raise ValueError(f"expected one number in {key!r}, got shape {tuple(tensor.shape)}; the file is damaged")
+            raise ValueError(f"expected one number in {key!r}, got shape {brief(tuple(tensor.shape))}; the file is damaged")
         alpha = tensor.item()
+        if not math.isfinite(alpha):
+            raise ValueError(f"expected a number in {key!r}, got {alpha}; the file is damaged")
     return A, B, 1.0 if alpha is None else alpha / rank
 
 

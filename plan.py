@@ -177,17 +177,18 @@ def walk_vae(vae: VideoVAE, grid: tuple[int, int, int], dtype: torch.dtype) -> t
     return flops, alive
 
 
-def least_bytes(config: dict, grid: tuple[int, int, int], space_scale: int, dtype: torch.dtype, tiled: bool = True
+def least_bytes(config: dict, vae: VideoVAE, grid: tuple[int, int, int], dtype: torch.dtype, tiled: bool = True
                 ) -> dict[str, int]:
     """What a video of this size takes at the very least besides the weights, by what is done: to refuse it in time.
 
-    grid: latent frames, rows, columns; space_scale of the VAE. Tiled, the decoder sees less at once than the encoder saw
-    of the reference. Counted are three of the VAE's widest tensors: input, normalised and output of its last block.
+    vae: for its scales; grid: latent frames, rows, columns. Counted are three of the VAE's widest tensors: input,
+    normalised and output of its last block. Tiled, it sees less at once of the video than of the reference.
     """
-    (F, H, W), c, vae = grid, TransformerConfig.from_checkpoint(config["transformer"]), config["vae"]
-    once = 3 * vae["decoder_base_channels"] * H * W * (space_scale // vae["patch_size"]) ** 2 * dtype.itemsize
+    (F, H, W), c, sizes = grid, TransformerConfig.from_checkpoint(config["transformer"]), config["vae"]
+    once = 3 * sizes["decoder_base_channels"] * H * W * (vae.space_scale // sizes["patch_size"]) ** 2 * dtype.itemsize
+    video = once if tiled else once * ((F - 1) * vae.time_scale + 1)
     letters = {"n": (F + 1) * H * W, "N": 0, "D": c.dim, "b": dtype.itemsize}
-    return {"encode the reference": once, "decode the video": once if tiled else once * F,
+    return {"encode the reference": once, "decode the video": video,
             "denoise": compute({"": ALIVE["denoise"]}, letters)[""]}
 
 

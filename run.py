@@ -6,7 +6,8 @@ number, and a saved state is weights, weight average, optimiser and that number.
 one that was never touched, end at the same weights, bit for bit (one process, same machine).
 
 The failure this prevents: a state that was being written when the power went. States are written beside and renamed, and
-the newest `keep` of them stay; a damaged one is passed over with a warning.
+the newest `keep` of them stay; a damaged one is passed over with a warning, and one with NaN in it is never written. What
+all commands share also stands here: one line for a mistake, status 2, and an end after Ctrl-C that leaves nothing half done.
 
 our reading: all of it; ST-DRC (arXiv 2606.02441) says nothing. State files are safetensors, never pickle: loading one cannot
 execute anything. They hold whole tensors, so the number of processes may change between two commands (workers.py).
@@ -107,13 +108,17 @@ def check_finite(step: int, terms: dict[str, float], clips: str) -> None:
 # ------------------------------------------------------------ what every command does
 
 
+def one_line(text: str) -> str:
+    """Whatever a library or a file name had to say, as one line that fits a screen and cannot steer a terminal."""
+    text = " ".join("".join(char if char.isprintable() else " " for char in text).split())
+    return text if len(text) <= 500 else f"{text[:250]} ... {text[-200:]}"
+
+
 class Parser(argparse.ArgumentParser):
     """One line per mistake; argparse alone prints the whole usage first."""
 
     def error(self, message: str) -> NoReturn:
-        message = " ".join(message.split())
-        self.exit(2, f"{self.prog}: error: {message if len(message) < 500 else message[:500] + ' ...'}; "
-                     f"see {self.prog} --help\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message)}; see {self.prog} --help\n")
 
 
 def check_ranges(args: argparse.Namespace, ranges: dict[str, tuple[float, float]]) -> None:
@@ -164,7 +169,7 @@ def command(name: str, work: Callable[[], object]) -> int:
         status = 128 + (stopped.args[0] if stopped.args else signal.SIGINT)
         told = "stopped; the same command goes on"
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        status, told = 2, " ".join(str(error).split())
+        status, told = 2, one_line(str(error))
         if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in told):
             told = "expected enough memory for this size, got too little; take fewer or smaller clips at a time"
         elif isinstance(error, RuntimeError):

@@ -48,7 +48,7 @@ from memory import OFFLOADS, cast_linears, load_streamed
 from model import DISTILLED_SIGMAS, TRANSFORMER_PREFIX, TransformerConfig, VideoTransformer, ltx_sigmas
 from reference import encode_reference, letterbox, unpatchify
 from rope import PLACEMENTS, reference_grid
-from run import Parser, check_ranges, stoppable
+from run import Parser, check_ranges, one_line, stoppable
 from text import check_text, encode_once
 from vae import Tiling, VideoVAE, psnr
 from video import beside, write_outputs
@@ -188,12 +188,6 @@ def stage(name: str, seconds: dict[str, float], device: torch.device):
 
 
 # ------------------------------------------------------------ what the user asked for, checked before any heavy work
-def one_line(text: str) -> str:
-    """Whatever a library or a file name had to say, as one line that fits a screen and cannot steer a terminal."""
-    text = " ".join("".join(char if char.isprintable() else " " for char in text).split())
-    return text if len(text) <= 500 else f"{text[:250]} ... {text[-200:]}"
-
-
 def build_parser() -> Parser:
     parser = Parser("sample.py", description="A face and a prompt in, a video of that person out (ST-DRC on LTX-2.3).",
                     epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
@@ -413,11 +407,11 @@ def check_memory(args: argparse.Namespace, config: dict, vae: VideoVAE) -> None:
     else:
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     dtype = getattr(torch, args.dtype)
-    least = plan.least_bytes(config, latent_grid(args, vae), vae.space_scale, dtype, not args.no_tiling)
+    least = plan.least_bytes(config, vae, latent_grid(args, vae), dtype, not args.no_tiling)
     part = max(least, key=least.get)
     if least[part] > there:
         raise ValueError(f"expected a size that fits, got {args.width}x{args.height}, {args.num_frames} frames: to {part} "
-                         f"would take {plan.short(least[part], 'B')} besides the weights, this machine has "
+                         f"would take at least {plan.short(least[part], 'B')}, this machine has "
                          f"{plan.short(there, 'B')}; lower --width, --height or --num-frames")
 
 
@@ -476,20 +470,19 @@ def main(arguments: list[str] | None = None) -> int:
                 print(*(f"  {name} = {value!r}" for name, value in settings(args).items()), sep="\n")
                 return 0
             run(args, config, canvas)
+            print(f"output  {args.output_path} (.png and .json beside it)\nseconds {time.perf_counter() - start:.1f}")
+        return 0
     except KeyboardInterrupt as stopped:
-        print("sample.py: stopped; files that were there are as they were", file=sys.stderr)
-        return 128 + (stopped.args[0] if stopped.args else signal.SIGINT)
+        status, told = 128 + (stopped.args[0] if stopped.args else signal.SIGINT), "stopped; no half-written file is left"
     except (ValueError, OSError, SafetensorError, RuntimeError, MemoryError) as error:
-        message = one_line(str(error))
-        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in message):
-            message = "expected enough memory for this size, got too little; lower --width, --height or --num-frames"
+        status, told = 2, one_line(str(error))
+        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in told):
+            told = "expected enough memory for this size, got too little; lower --width, --height or --num-frames"
         elif isinstance(error, RuntimeError):
             raise  # a mistake of ours, which needs its traceback
-        message += "" if "; " in message else "; check that file and the free space"
-        print(f"sample.py: error: {message}", file=sys.stderr)
-        return 2
-    print(f"output  {args.output_path} (.png and .json beside it)\nseconds {time.perf_counter() - start:.1f}")
-    return 0
+        told = f"error: {told}" + ("" if "; " in told else "; check that file and the free space")
+    print(f"sample.py: {told}", file=sys.stderr)  # out here the progress bar has been closed, and its line ended
+    return status
 
 
 if __name__ == "__main__":

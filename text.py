@@ -52,6 +52,7 @@ from torch import Tensor, nn
 from checkpoint import (
     MOST_LAYERS,
     TYPES,
+    brief,
     check_weights,
     load_weights,
     open_file,
@@ -173,7 +174,7 @@ def _read_json(path: Path) -> dict:
     try:
         data = parse_json(read_text(path))
     except (ValueError, OSError) as error:  # broken JSON, or bytes that are no text
-        raise ValueError(f"expected JSON in {path}, got {error}; download it again") from error
+        raise ValueError(f"expected JSON in {path}, got {brief(error)}; download it again") from error
     if not isinstance(data, dict):
         raise ValueError(f"expected a JSON object in {path}, got a {type(data).__name__}; download it again")
     return data
@@ -185,7 +186,7 @@ def _check_tokenizer(data: dict) -> None:
         raise ValueError("expected objects 'model' and 'normalizer' and a list 'added_tokens', got something else; use "
                          "Gemma 3's tokenizer.json")
     if model.get("type") != "BPE" or not model.get("byte_fallback"):
-        kind = f"{model['type']} without it" if "type" in model else "no 'model' of a known type"
+        kind = f"{brief(model['type'])} without it" if "type" in model else "no 'model' of a known type"
         raise ValueError(f"expected BPE with byte_fallback, got {kind}; use Gemma 3's tokenizer.json")
     if absent := {"vocab", "merges"} - set(model):
         raise ValueError(f"expected {min(absent)!r} in the model, got none; use Gemma 3's tokenizer.json")
@@ -193,7 +194,7 @@ def _check_tokenizer(data: dict) -> None:
     if missing := [piece for piece in SPECIAL_PIECES + BYTE_PIECES if piece not in model["vocab"]]:
         raise ValueError(f"expected {missing[0]} in the vocabulary, got none; use Gemma 3's tokenizer.json")
     if normalizer.get("pattern") != {"String": " "} or normalizer.get("content") != SPACE:
-        raise ValueError(f"expected ' ' to become '{SPACE}', got normalizer {normalizer!s:.80}; use Gemma 3's file")
+        raise ValueError(f"expected ' ' to become '{SPACE}', got normalizer {brief(normalizer, 80)}; use Gemma 3's file")
     for token in added:
         for flag in ("normalized", "lstrip", "rstrip", "single_word"):
             if token.get(flag):
@@ -209,7 +210,7 @@ def _check_pieces(vocab: object, merges: object, added: list) -> None:
         if not (isinstance(token, dict) and isinstance(token.get("content"), str) and token["content"] and "id" in token):
             raise ValueError(f"expected added tokens with a content and an id, got {token!r:.40}; {advice}")
     for index in (*vocab.values(), *(token["id"] for token in added)):
-        if type(index) is not int or index < 0:
+        if type(index) is not int or not 0 <= index < 2**31:
             raise ValueError(f"expected ids 0, 1, 2, ... in the vocabulary, got {index!r:.40}; {advice}")
     for merge in merges:
         pair = merge.split(" ") if isinstance(merge, str) else merge
@@ -333,7 +334,7 @@ class GemmaConfig:
         try:
             return cls.from_dict(data)
         except (TypeError, AttributeError, ArithmeticError) as error:  # a list where an object belongs, and so on
-            raise ValueError(f"expected the settings of a Gemma 3 in {path}, got {error}; download it again") from error
+            raise ValueError(f"expected the settings of a Gemma 3 in {path}, got {brief(error)}; fetch it again") from error
 
     @classmethod
     def from_dict(cls, config: dict) -> "GemmaConfig":
@@ -344,12 +345,12 @@ class GemmaConfig:
         """
         config = config.get("text_config", config)
         if (kind := config.get("model_type", "gemma3_text")) not in ("gemma3", "gemma3_text"):
-            raise ValueError(f"expected model_type gemma3 or gemma3_text, got {kind!s:.40}; use a Gemma 3 folder")
+            raise ValueError(f"expected model_type gemma3 or gemma3_text, got {brief(kind, 40)}; use a Gemma 3 folder")
         wanted = {"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False, "attn_logit_softcapping": None,
                   "use_bidirectional_attention": False}  # fmt: skip
         for key, value in wanted.items():
             if (config.get(key) or value) != value:
-                raise ValueError(f"expected {key} = {value}, got {config[key]!s:.40}; use a Gemma 3 text model")
+                raise ValueError(f"expected {key} = {value}, got {brief(config[key], 40)}; use a Gemma 3 text model")
         same_name = [n for n in cls.__dataclass_fields__ if not n.endswith(("_theta", "_factor", "_types"))]
         values = {name: config[name] for name in same_name if config.get(name) is not None}
         cls._check_numbers(values)
@@ -361,7 +362,7 @@ class GemmaConfig:
         local = new.get("sliding_attention") or {}
         for kind in (scaling.get("rope_type", scaling.get("type")), local.get("rope_type")):
             if kind not in (None, "default", "linear") or (local.get("factor") or 1) != 1:
-                raise ValueError(f"expected linear rotary scaling on full layers only, got {kind!s:.40}; use Gemma 3")
+                raise ValueError(f"expected linear rotary scaling on full layers only, got {brief(kind, 40)}; use Gemma 3")
         values["global_theta"] = scaling.get("rope_theta") or config.get("rope_theta") or cls.global_theta
         values["local_theta"] = local.get("rope_theta") or config.get("rope_local_base_freq") or cls.local_theta
         values["global_factor"] = scaling.get("factor") or 1.0

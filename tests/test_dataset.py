@@ -28,7 +28,6 @@ from frames import parse_buckets
 from losses import IDENTITY_MAX_SIGMA, pool_face_mask
 from reference import letterbox, patchify
 from run import seeded
-from vae import VideoVAE
 
 # ------------------------------------------------------------ which clips
 
@@ -174,8 +173,7 @@ def test_identity_is_never_judged(many, without):
 def real(bench):  # noqa: F811
     """The clips of the bench through the cache, as train.py opens them."""
     args = parsed(words(bench, bench / "unused", buckets=LARGE))
-    vae = VideoVAE(train.read_metadata(args.checkpoint)["config"]["vae"])
-    train.load_weights(vae, args.checkpoint, "vae.", torch.float32).eval()
+    vae = train.load_vae(args.checkpoint)
     return open_manifest(args.manifest, args, vae, "cpu"), vae
 
 

@@ -352,6 +352,6 @@ def test_bad_own_videos_are_one_line_and_nothing_is_written(own, monkeypatch, ca
 
 
 def test_bad_evaluations_are_one_line(tmp_path, monkeypatch, capsys):
-    refused(monkeypatch, capsys, ["--people", 1], "got 1 and 1")
+    refused(monkeypatch, capsys, ["--people", 1], "expected --people between 2 and")
     refused(monkeypatch, capsys, ["--checkpoint-path", tmp_path / "no.safetensors"], "no.safetensors")
     refused(monkeypatch, capsys, ["--head", TINY / "judge.safetensors"], "head")

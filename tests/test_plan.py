@@ -203,6 +203,15 @@ def test_a_given_file_is_planned_from_its_own_config_and_table(folder, capsys):
     assert "'height': 32, 'width': 32, 'num_frames': 5" in out, "its own default size"
 
 
+def test_what_a_size_takes_at_the_least_is_a_part_of_what_it_takes_and_is_answered_at_any_size(real):
+    vae = p.build_parts(p.REAL, p.GEMMA)[1]
+    least = p.least_bytes(p.REAL, vae, (16, 16, 24), torch.bfloat16, tiled=False)
+    for part, stage in (("encode the reference", "encode"), ("decode the video", "decode"), ("denoise", "denoise")):
+        assert 0.1 < least[part] / real.alive[stage] < 1, (part, least[part], real.alive[stage])
+    absurd = p.least_bytes(p.REAL, vae, (10**7, 10**5, 10**5), torch.bfloat16)
+    assert min(absurd.values()) > 10**12
+
+
 def test_mistakes_are_named(folder):
     with pytest.raises(ValueError, match="steps of 32 and 8.k . 1 frames, got 768 x 500, 121 frames"):
         p.plan(height=500)

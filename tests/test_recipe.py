@@ -296,7 +296,7 @@ def test_a_loss_that_is_not_a_number_stops_before_it_reaches_the_weights(bench, 
     capsys.readouterr()
     assert command(words(bench, out, "--steps", 6, "--save-seconds", 0, checkpoint=checkpoint)) == 2
     lines = told(capsys.readouterr().err)
-    assert len(lines) == 1 and lines[0].startswith("train.py: error: expected finite losses, got nan"), lines
+    assert len(lines) == 1 and lines[0].startswith("train.py: error: expected finite numbers, got nan"), lines
     assert "flow matching at step 2, rows " in lines[0] and lines[0].count("clip-") == 2, lines
     after = stamps(out)
     assert set(after) == set(before) == {"lora.safetensors", "state-00000002.safetensors"} and after == before

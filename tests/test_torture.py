@@ -55,7 +55,7 @@ LIES = {
     "a line that does not say what to do": (GOOD.replace("; do so", ""), "what to do"),
     "a line that steers the terminal": (GOOD.replace("do so", "\\x1b[2J"), "not one short line"),
     "a line as long as its input": (GOOD.replace("do so", "x' + 999 * 'x"), "not one short line"),
-    "a library's warning": ("import warnings; warnings.warn('deprecated'); " + GOOD, "a library's warning"),
+    "a library's warning": ("print('lib.py:7: UserWarning: old', file=sys.stderr); " + GOOD, "a library's warning"),
     "a hang": ("\n    while True: pass", "status 152, not 2"),
     "a process that kills itself": ("os.kill(os.getpid(), 9)", "status 137, not 2"),
     "more memory than it may have": ("bytes(10**9); " + GOOD, "a traceback"),

@@ -202,6 +202,7 @@ def run_case(case: Case) -> Row:
         seconds, after = time.perf_counter() - start, snapshot(folder)
         errors = [line for line in stderr.splitlines() if "error:" in line]
         told = [line for line in (stdout + stderr).splitlines() if line.startswith("warning:")] or stdout.splitlines()
+        told = [line for line in told if case.says and re.search(case.says, line)] or told  # what the case is about
         line = errors[-1] if errors else told[-1].strip() if told else ""
         wrong = complaints(case, status, line, stdout + stderr, errors, stderr)
         left = sorted(name[4:] for name in after if name.startswith("out/"))
@@ -258,7 +259,8 @@ def counts(cases: list[Row], faults: list[Row]) -> str:
         kinds[row.case.partition(":")[0]] += row.count
     kills = sum(row.count for row in faults if row.case.startswith("SIG") and row.good)
     told = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
-    return (f"bad inputs tried: {len(cases)} ({refused} refused, {works} work)\n"
+    rest = f", {len(cases) - refused - works} with another status" if refused + works < len(cases) else ""
+    return (f"bad inputs tried: {len(cases)} ({refused} refused, {works} work{rest})\n"
             f"faults injected: {sum(kinds.values())}{f' ({told})' if told else ''}\nkills survived: {kills}\n"
             f"bytes lost: {sum(row.lost for row in cases + faults)}")
 

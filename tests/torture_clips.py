@@ -223,7 +223,7 @@ MANIFESTS = [
 CHECKED = [options("clips.py", *words, says=says, before=("check", "none.jsonl")) for words, says in (
     (("--buckets", "32x48"), "expected buckets such as"), (("--buckets", ""), "expected buckets such as"),
     (("--buckets", "33x48x9"), "multiples of 32"), (("--buckets", "0x0x0"), "multiples of 32"),
-    (("--buckets", "-32x-32x9"), "multiples of 32"), (("--buckets", "32x64x8"), r"8k\+1 frames"),
+    (("--buckets=-32x-32x9",), "multiples of 32"), (("--buckets", "32x64x8"), r"8k\+1 frames"),
     (("--buckets", "axbxc"), "expected buckets such as"), (("--frame-rate", "0"), "frame rate above 0"),
     (("--frame-rate", "-24"), "frame rate above 0"), (("--frame-rate", "nan"), "frame rate above 0"),
     (("--frame-rate", "inf"), "frame rate above 0"), (("--frame-rate", "fast"), "--frame-rate"),

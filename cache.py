@@ -376,7 +376,7 @@ def lazy_encoder(checkpoint: str | Path, gemma_root: str | Path, device: str | t
                  offload: str = "none") -> Callable[[list[str]], Tensor]:
     """captions -> contexts (B, N, D) in `text_dtype`. Loads the text encoder when it is first called, and keeps it.
 
-    offload: where Gemma's layers wait, see text.load_gemma.
+    offload: where Gemma's layers wait, see gemma.load_gemma.
     """
     loaded = []
 

@@ -58,7 +58,8 @@ from video import picks, save_sheet
 
 HERE = Path(__file__).parent
 ROWS = ("own reference", "swapped", "no reference")
-CODE = ("denoise", "evaluate", "guidance", "losses", "model", "reference", "rope", "text", "vae", "world")  # makes clips
+CODE = ("denoise", "evaluate", "gemma", "guidance", "losses", "model", "reference", "rope", "text", "tokenizer", "vae",
+        "world")  # makes clips
 IDENTITY, PROMPT = COLUMNS
 GB_PER_CLIP = 0.005  # estimated: ten copies of 9 frames of 64x64 pixels in float32 at a time
 VIDEOS = {".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi"}

@@ -38,6 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import text
 from checkpoint import TYPES, open_file, read_metadata, shapes_from
+from gemma import GemmaConfig, GemmaTextModel
 from guidance import stream_weights
 from memory import FLOAT8, cast_linears
 from model import TransformerConfig, VideoTransformer
@@ -60,7 +61,7 @@ REAL = {
             "decoder_blocks": [["res_x", 4], ["compress_space", 2], ["res_x", 6], ["compress_time", 2], ["res_x", 4],
                                ["compress_all", 1], ["res_x", 2], ["compress_all", 2], ["res_x", 2]]},
 }  # fmt: skip
-GEMMA = text.GemmaConfig(hidden_size=3840, intermediate_size=15360, num_hidden_layers=48, num_attention_heads=16,
+GEMMA = GemmaConfig(hidden_size=3840, intermediate_size=15360, num_hidden_layers=48, num_attention_heads=16,
                          num_key_value_heads=8, sliding_window=1024, global_factor=8.0)  # fmt: skip
 
 OPERATORS = {ast.Add: operator.add, ast.Mult: operator.mul}
@@ -140,11 +141,11 @@ def part_bytes(part: dict[str, Tensor], b: int) -> int:
     return sum(tensor.numel() * (1 if tensor.dtype == FLOAT8 else b) for tensor in part.values())
 
 
-def build_parts(config: dict, gemma: text.GemmaConfig) -> tuple[dict[str, dict[str, Tensor]], VideoVAE]:
+def build_parts(config: dict, gemma: GemmaConfig) -> tuple[dict[str, dict[str, Tensor]], VideoVAE]:
     """Every part on the meta device, in the order of use; and the VAE."""
     settings, prefix = config["transformer"], "model.diffusion_model."
     with torch.device("meta"):
-        language, connector, vae = text.GemmaTextModel(gemma), text.Connector(settings), VideoVAE(config["vae"])
+        language, connector, vae = GemmaTextModel(gemma), text.Connector(settings), VideoVAE(config["vae"])
         projection = text.FeatureExtractor(settings, gemma.hidden_size, gemma.num_hidden_layers + 1)
         plain, cast = (VideoTransformer(TransformerConfig.from_checkpoint(settings)) for _ in range(2))
     cast_linears(cast.transformer_blocks)
@@ -203,7 +204,7 @@ def on_card(offload_text: str, offload: str, fp8: bool) -> dict[str, list[str]]:
             "decode": vae, "decode, tiled": vae}  # fmt: skip
 
 
-def plan(config: dict = REAL, gemma: text.GemmaConfig = GEMMA, height: int = 512, width: int = 768,
+def plan(config: dict = REAL, gemma: GemmaConfig = GEMMA, height: int = 512, width: int = 768,
          num_frames: int = 121, text_scale: float = 3.0, ref_scale: float = 2.0, order: str = "text_first",
          dtype: torch.dtype = torch.bfloat16) -> Plan:
     """All figures of one run; height, width in pixels, scales and order as in guidance.py.
@@ -288,7 +289,7 @@ def print_plan(checkpoint_path: str | os.PathLike | None = None, gemma_root: str
     Raises ValueError as `plan`, and when the file is no LTX-2.3 checkpoint.
     """
     config = REAL if checkpoint_path is None else read_metadata(checkpoint_path)["config"]
-    gemma = GEMMA if gemma_root is None else text.GemmaConfig.from_folder(gemma_root)
+    gemma = GEMMA if gemma_root is None else GemmaConfig.from_folder(gemma_root)
     size = {"height": 512, "width": 768, "num_frames": 121}
     size |= {key: config.get("inference", {}).get(key, official) for key, official in size.items()}
     size |= {k: v for k, v in (("height", height), ("width", width), ("num_frames", num_frames)) if v is not None}

@@ -54,6 +54,7 @@ from dataset import (
 )
 from denoise import denoise
 from face import FaceNet, square
+from gemma import GemmaConfig, GemmaTextModel, save_gemma
 from losses import crop_faces, flow_matching_loss
 from model import TRANSFORMER_PREFIX, TransformerConfig, VideoTransformer, ltx_sigmas, training_sigmas
 from optim import KEEP_FROM_MUON, Average, MuonAdamW, schedule, split_parameters
@@ -61,18 +62,8 @@ from reference import patchify
 from rope import grid_to_positions, video_grid
 from run import Parser, Run, check_finite, check_folder, check_ranges, command, seeded, write_beside
 from scores import POSE_SPREAD, HeadReader, read_action, read_heads
-from text import (
-    CONNECTOR_PREFIX,
-    EXTRACTOR_PREFIX,
-    Connector,
-    FeatureExtractor,
-    GemmaConfig,
-    GemmaTextModel,
-    TextEncoder,
-    Tokenizer,
-    save_gemma,
-    train_bpe,
-)
+from text import CONNECTOR_PREFIX, EXTRACTOR_PREFIX, Connector, FeatureExtractor, TextEncoder
+from tokenizer import Tokenizer, train_bpe
 from vae import VideoVAE, psnr
 from video import save_sheet
 from workers import average_gradients

@@ -37,9 +37,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import text as text_module
 from checkpoint import load_weights, read_metadata
+from gemma import load_gemma
 from losses import clean_estimate
 from model import TransformerConfig, VideoTransformer, blend_clean, euler_step, ltx_guidance, ltx_sigmas, training_sigmas
 from rope import apply_rotary, rotary_frequencies, rotary_tables
+from tokenizer import Tokenizer
 from vae import VideoVAE, patch_pixels, unpatch_pixels
 
 TOLERANCE = 1e-4
@@ -178,7 +180,7 @@ def check_gemma(path: Path, tensors: dict[str, Tensor], config: dict) -> Iterato
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config))
         shutil.copyfile(path, Path(folder) / "model.safetensors")
-        gemma = text_module.load_gemma(folder)
+        gemma = load_gemma(folder)
     for prefix in ["io."] + [f"io.{case}." for case in cases(tensors, "input_ids")]:
         if f"{prefix}input_ids" not in tensors:
             continue
@@ -241,7 +243,7 @@ def check_file(path: Path) -> Iterator[Result]:
 
 def check_tokens(path: Path, tokenizer_file: Path) -> float:
     """How many of the recorded strings get other ids; 0 is the only good number."""
-    tokenizer = text_module.Tokenizer(tokenizer_file)
+    tokenizer = Tokenizer(tokenizer_file)
     recorded = json.loads(path.read_text(encoding="utf-8"))
     wrong = [case["text"] for case in recorded if [tokenizer.bos, *tokenizer.raw_ids(case["text"])] != case["ids"]]
     if wrong:

@@ -1,8 +1,9 @@
 """Random damage to every kind of file and to every command line: one line and a refusal, or it works; never anything else.
 
 A loader may raise ValueError or OSError with one line. Another exception, more than 10 seconds of processor time, or
-more than MOST_MB of memory (a picture: PICTURE_MB) for an input below 100 kB, fails. Files are damaged in their bytes (bits, ends, pieces filled,
-inserted) and, where they are JSON, in their values: a text where a number belongs, NaN, 10^400, a list nested 50 deep.
+more than MOST_MB of memory (a picture: PICTURE_MB) for an input below 100 kB, fails. Files are damaged in their bytes
+(bits, ends, pieces filled, inserted) and, where they are JSON, in their values: a text where a number belongs, NaN, 10^400,
+a list nested 50 deep.
 Then: nothing is executed from a file, and no path in a manifest leads out of its folder.
 Hardware: CPU, about 20 seconds.   Command: pytest tests/test_fuzz.py      hundreds of examples of each kind
 Thousands of each, other ones every time, about 5 minutes:   pytest tests/test_fuzz.py -m nightly
@@ -41,16 +42,17 @@ import evaluate
 import face
 import pretrain
 import sample
-import text
 import train
 from checkpoint import check_weights, load_weights, parse_json, read_metadata, shapes_from
 from clips import faces_for_clip, load_faces, read_manifest
 from frames import Bucket, Unusable, cover, open_picture, probe
+from gemma import GemmaConfig, GemmaTextModel, _gemma_files, load_gemma
 from lora import read_lora
 from model import TRANSFORMER_PREFIX, TransformerConfig, VideoTransformer
 from reference import letterbox
 from run import load_state
-from text import GemmaConfig, GemmaTextModel, Tokenizer, check_text, load_gemma, train_bpe
+from text import check_text
+from tokenizer import Tokenizer, train_bpe
 from vae import VideoVAE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -649,4 +651,4 @@ def test_an_index_of_shards_cannot_name_files_elsewhere(tmp_path):
     for name in ("../x.safetensors", "/etc/passwd", "a/b.safetensors"):
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
         with pytest.raises(ValueError, match="expected names of files beside"):
-            text._gemma_files(tmp_path)
+            _gemma_files(tmp_path)

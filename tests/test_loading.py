@@ -31,8 +31,9 @@ from tiny import write_tiny
 import checkpoint
 import sample
 from checkpoint import check_weights, load_weights, open_file, read_metadata
+from gemma import GemmaConfig, GemmaTextModel
 from model import TransformerConfig, VideoTransformer
-from text import CONNECTOR_PREFIX, EXTRACTOR_PREFIX, Connector, FeatureExtractor, GemmaConfig, GemmaTextModel
+from text import CONNECTOR_PREFIX, EXTRACTOR_PREFIX, Connector, FeatureExtractor
 from vae import VideoVAE
 
 MODEL = official.MODEL

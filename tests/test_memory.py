@@ -17,10 +17,10 @@ from torch import nn
 
 import memory
 from checkpoint import load_weights, read_metadata
+from gemma import load_gemma
 from memory import BlockStream, CastLinear, HostStream, cast_linears, load_streamed, stream_blocks, to_float8
 from model import TransformerConfig, VideoTransformer
 from rope import grid_to_positions, reference_grid, video_grid
-from text import load_gemma
 
 PREFIX = "model.diffusion_model."
 BUNDLED = Path(__file__).resolve().parent.parent / "weights" / "tiny" / "model.safetensors"

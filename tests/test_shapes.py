@@ -29,6 +29,7 @@ import pytest
 import torch
 
 import face
+import gemma
 import guidance
 import losses
 import model
@@ -39,7 +40,7 @@ import vae
 
 ROOT = Path(__file__).resolve().parent.parent
 METHOD = ("rope", "reference", "augment", "losses", "guidance")
-MODELS = ("model", "vae", "text", "face")
+MODELS = ("model", "vae", "gemma", "text", "face")
 # README's alphabet. L = F*H*W, R = H*W, S = L + R, D = nh*hd; all other numbers differ.
 SIZES = {"B": 2, "F": 3, "H": 5, "W": 7, "C": 11, "L": 105, "R": 35, "S": 140, "D": 40, "nh": 4, "hd": 10, "N": 13}
 B, F, H, W, C, L, R, S, D, nh, hd, N = SIZES.values()
@@ -606,8 +607,8 @@ def _():
     face.similarity_transform(rand(B, 5, 2), rand(5, 2))
 
 
-GEMMA = text.GemmaConfig(vocab_size=50, hidden_size=18, intermediate_size=22, num_hidden_layers=6, head_dim=6,
-                         num_attention_heads=4, num_key_value_heads=2, sliding_window=8)  # fmt: skip
+GEMMA = gemma.GemmaConfig(vocab_size=50, hidden_size=18, intermediate_size=22, num_hidden_layers=6, head_dim=6,
+                          num_attention_heads=4, num_key_value_heads=2, sliding_window=8)  # fmt: skip
 CONNECTOR = {"connector_num_attention_heads": nh, "connector_attention_head_dim": hd, "connector_num_layers": 1,
              "connector_num_learnable_registers": N}  # fmt: skip
 INSIDE = {"Dg": 18, "hd": 6, "groups": 2}  # Gemma's own widths
@@ -620,22 +621,22 @@ def in_gemma(name: str, module: Callable) -> Callable:
 
 
 for _name in ("GemmaAttention", "GemmaMLP", "GemmaLayer"):
-    case(f"text.{_name}.forward", **INSIDE)(in_gemma(_name, getattr(text, _name)))
+    case(f"gemma.{_name}.forward", **INSIDE)(in_gemma(_name, getattr(gemma, _name)))
 
 
-@case("text.GemmaNorm.forward", **INSIDE)
+@case("gemma.GemmaNorm.forward", **INSIDE)
 def _():
-    text.GemmaNorm(18, 1e-6)(rand(B, N, 18))
+    gemma.GemmaNorm(18, 1e-6)(rand(B, N, 18))
 
 
-@case("text.GemmaTextModel.forward", **INSIDE)
+@case("gemma.GemmaTextModel.forward", **INSIDE)
 def _():
-    text.GemmaTextModel(GEMMA)(torch.randint(50, (B, N)), torch.ones(B, N))
+    gemma.GemmaTextModel(GEMMA)(torch.randint(50, (B, N)), torch.ones(B, N))
 
 
-@case("text.attention_allowed")
+@case("gemma.attention_allowed")
 def _():
-    text.attention_allowed(torch.ones(B, N), 8)
+    gemma.attention_allowed(torch.ones(B, N), 8)
 
 
 @case("text.FeatureExtractor.normalised", Dg=18, states=7, num_states=7)
@@ -658,7 +659,7 @@ def _():
 @case("text.TextEncoder.forward")
 def _():
     extractor, connector = text.FeatureExtractor(CONNECTOR, 18, 7), text.Connector(CONNECTOR)
-    encoder = text.TextEncoder(None, text.GemmaTextModel(GEMMA), extractor, connector, N)
+    encoder = text.TextEncoder(None, gemma.GemmaTextModel(GEMMA), extractor, connector, N)
     encoder(torch.randint(50, (B, N)), torch.ones(B, N))
 
 
@@ -748,4 +749,4 @@ def test_a_false_comment_is_found_and_a_true_one_is_not(tmp_path):
 def test_the_sizes_tell_every_letter_apart():
     assert len(set(SIZES.values())) == len(SIZES)
     assert (L, R, S, D) == (F * H * W, H * W, L + R, nh * hd)
-    assert all(inspect.ismodule(module) for module in (rope, reference, losses, guidance, model, vae, text, face))
+    assert all(inspect.ismodule(module) for module in (rope, reference, losses, guidance, model, vae, gemma, text, face))

@@ -21,7 +21,9 @@ from safetensors.torch import load_file, save_file
 import checkpoint
 import text
 from checkpoint import load_weights, save_checkpoint
-from text import Connector, FeatureExtractor, GemmaConfig, GemmaTextModel, TextEncoder, Tokenizer, train_bpe
+from gemma import GEMMA_PREFIXES, GemmaConfig, GemmaTextModel, _layer_types, attention_allowed, load_gemma, save_gemma
+from text import Connector, FeatureExtractor, TextEncoder
+from tokenizer import BYTE_PIECES, SPECIAL_PIECES, Tokenizer, train_bpe
 
 GOLDEN = Path(__file__).parent / "golden"
 CAPTIONS = [
@@ -133,7 +135,7 @@ def test_gemma_equals_the_golden_states(tmp_path):
     io = load_file(path)
     mask = io["io.attention_mask"]
     with torch.no_grad():
-        states = torch.stack(text.load_gemma(tmp_path)(io["io.input_ids"], mask))
+        states = torch.stack(load_gemma(tmp_path)(io["io.input_ids"], mask))
     assert states.isfinite().all()
     close(states * mask[None, :, :, None], io["io.hidden_states"], 1e-4, "Gemma states")
 
@@ -170,13 +172,13 @@ def library_tokenizer(across_words):
     library.normalizer = tokenizers.normalizers.Replace(" ", "▁")
     split = tokenizers.pre_tokenizers.Split(" ", "merged_with_previous")
     library.pre_tokenizer = split if across_words else tokenizers.pre_tokenizers.Metaspace(prepend_scheme="never")
-    first = text.SPECIAL_PIECES + text.BYTE_PIECES
+    first = SPECIAL_PIECES + BYTE_PIECES
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=520, special_tokens=first, show_progress=False)
     words = ["a  b   c    d", "日本 日本語 é é 😀😀 👍🏽", "2024 2025 <unused1 [multi </ >>"]
     library.train_from_iterator(CAPTIONS * 3 + words * 5, trainer)
     library.pre_tokenizer = split
     data = json.loads(library.to_str())
-    data["added_tokens"] = data["added_tokens"][: len(text.SPECIAL_PIECES)]  # bytes are pieces, not added tokens
+    data["added_tokens"] = data["added_tokens"][: len(SPECIAL_PIECES)]  # bytes are pieces, not added tokens
     library = tokenizers.Tokenizer.from_str(json.dumps(data))
     library.add_tokens([tokenizers.AddedToken(piece, normalized=False) for piece in ADDED])
     return library, json.loads(library.to_str())
@@ -200,10 +202,10 @@ def test_ids_equal_the_tokenizers_library_on_20_000_random_strings(across_words)
     assert not wrong, f"{len(wrong)} of {len(texts)} differ, the first is {wrong[0]!r}"
     assert (ours._words.pattern == ".+") == across_words, "the two vocabularies should take the two ways of splitting"
     met = {piece for t in texts for piece in ours.raw_ids(t)}
-    whole = {index for piece, index in data["model"]["vocab"].items() if piece not in text.BYTE_PIECES}
+    whole = {index for piece, index in data["model"]["vocab"].items() if piece not in BYTE_PIECES}
     assert len(met & whole) > 0.8 * len(whole), "the strings should meet most of the vocabulary"
     assert len(met - whole) > 150, "and most of the bytes that UTF-8 uses"
-    assert met >= {ours.vocab[piece] for piece in ADDED + text.SPECIAL_PIECES}
+    assert met >= {ours.vocab[piece] for piece in ADDED + SPECIAL_PIECES}
 
 
 def test_old_and_new_spelling_of_merges_mean_the_same():
@@ -305,7 +307,7 @@ def random_sizes(seed):
         "num_hidden_layers": layers, "num_attention_heads": heads[0], "num_key_value_heads": heads[1],
         "head_dim": draw.choice([6, 10, 16]), "query_pre_attn_scalar": draw.choice([9, 13, 16]),
         "sliding_window": draw.randint(2, 8), "rms_norm_eps": draw.choice([1e-6, 1e-3]),
-        "layer_types": list(text._layer_types(layers, draw.choice([2, 3, 6]))),
+        "layer_types": list(_layer_types(layers, draw.choice([2, 3, 6]))),
         "rope_parameters": {
             "full_attention": {"rope_type": "linear", "factor": draw.choice([2.0, 8.0]), "rope_theta": 5e5},
             "sliding_attention": {"rope_type": "default", "rope_theta": draw.choice([1e4, 300.0])}},
@@ -344,9 +346,9 @@ def use_old_fields(folder):
 
 @pytest.mark.parametrize("fields", ["old fields", "new fields"])
 @pytest.mark.parametrize("sharded", [False, True], ids=["single", "sharded"])
-@pytest.mark.parametrize("prefix", text.GEMMA_PREFIXES, ids=[p or "bare" for p in text.GEMMA_PREFIXES])
+@pytest.mark.parametrize("prefix", GEMMA_PREFIXES, ids=[p or "bare" for p in GEMMA_PREFIXES])
 def test_gemma_equals_transformers_from_its_own_folders(prefix, sharded, fields, tmp_path):
-    seed = text.GEMMA_PREFIXES.index(prefix) * 4 + sharded * 2 + (fields == "old fields")
+    seed = GEMMA_PREFIXES.index(prefix) * 4 + sharded * 2 + (fields == "old fields")
     kind = write_by_transformers(tmp_path, prefix, sharded, random_sizes(seed))
     if fields == "old fields":
         use_old_fields(tmp_path)
@@ -357,7 +359,7 @@ def test_gemma_equals_transformers_from_its_own_folders(prefix, sharded, fields,
     text_model = library.model.language_model if "language_model" in prefix else library
     ids, mask = left_padded(4, 21, 96, seed)
     with torch.no_grad():
-        states = torch.stack(text.load_gemma(tmp_path)(ids, mask))
+        states = torch.stack(load_gemma(tmp_path)(ids, mask))
     difference = (states - library_states(text_model, ids, mask)) * mask[None, :, :, None]
     close(difference, torch.zeros(()), 1e-4, f"Gemma states ({prefix}, {fields})")
 
@@ -402,11 +404,11 @@ def test_a_saved_folder_loads_in_ours_and_in_transformers(tmp_path):
     transformers = pytest.importorskip("transformers")
     sizes = {**TINY, "hidden_size": 32, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
     gemma = randomise(GemmaTextModel(GemmaConfig.from_dict(sizes)), 6)
-    text.save_gemma(tmp_path, gemma, train_bpe(CAPTIONS, 400))
+    save_gemma(tmp_path, gemma, train_bpe(CAPTIONS, 400))
     ids, mask = left_padded(3, 16, 96)
     with torch.no_grad():
         states = torch.stack(gemma(ids, mask))
-        again = torch.stack(text.load_gemma(tmp_path)(ids, mask))
+        again = torch.stack(load_gemma(tmp_path)(ids, mask))
     assert torch.equal(states, again)
     library = transformers.Gemma3ForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
     difference = (states - library_states(library, ids, mask)) * mask[None, :, :, None]
@@ -415,7 +417,7 @@ def test_a_saved_folder_loads_in_ours_and_in_transformers(tmp_path):
 
 def test_attention_sees_a_window_of_the_past_and_no_padding():
     _, mask = left_padded(3, 9, 50)
-    allowed = text.attention_allowed(mask, 4)
+    allowed = attention_allowed(mask, 4)
     for b in range(3):
         for q in range(9):
             for k in range(9):
@@ -435,20 +437,20 @@ def test_padding_never_reaches_a_real_token():
     close(states, shifted, 1e-4, "more padding")
 
 
-@pytest.mark.parametrize("prefix", text.GEMMA_PREFIXES)
+@pytest.mark.parametrize("prefix", GEMMA_PREFIXES)
 def test_every_naming_of_the_weights_loads_and_strangers_are_ignored(prefix, tmp_path):
     gemma = randomise(GemmaTextModel(GemmaConfig.from_dict(TINY)), 8)
-    text.save_gemma(tmp_path, gemma, {})
+    save_gemma(tmp_path, gemma, {})
     tensors = {prefix + name: tensor.clone() for name, tensor in gemma.state_dict().items()}
     strangers = {"vision_tower.x": torch.ones(2), "model.multi_modal_projector.y": torch.ones(2)}
     save_file({**tensors, **strangers}, tmp_path / "model.safetensors")
-    loaded = text.load_gemma(tmp_path).state_dict()
+    loaded = load_gemma(tmp_path).state_dict()
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in gemma.state_dict().items())
 
 
 def test_every_gemma_tensor_is_read_once_and_strangers_never(tmp_path, monkeypatch):
     gemma = GemmaTextModel(GemmaConfig.from_dict(TINY))
-    text.save_gemma(tmp_path, gemma, {})
+    save_gemma(tmp_path, gemma, {})
     names = ["model." + name for name in gemma.state_dict()]
     strangers = {"vision_tower.x": torch.ones(2), "lm_head.weight": torch.ones(2)}
     save_file({**load_file(tmp_path / "model.safetensors"), **strangers}, tmp_path / "model.safetensors")
@@ -460,7 +462,7 @@ def test_every_gemma_tensor_is_read_once_and_strangers_never(tmp_path, monkeypat
             return super().get_tensor(name)
 
     monkeypatch.setattr(checkpoint, "TensorFile", Spy)
-    kinds = {tensor.dtype for tensor in text.load_gemma(tmp_path, torch.bfloat16).state_dict().values()}
+    kinds = {tensor.dtype for tensor in load_gemma(tmp_path, torch.bfloat16).state_dict().values()}
     assert sorted(read) == sorted(names) and kinds == {torch.bfloat16}
 
 
@@ -524,19 +526,19 @@ BROKEN_FOLDERS = {
 @pytest.mark.parametrize("case", BROKEN_FOLDERS)
 def test_a_broken_gemma_folder_gets_one_line(case, tmp_path):
     write_by_transformers(tmp_path, "model.", True, random_sizes(0))
-    text.load_gemma(tmp_path)
+    load_gemma(tmp_path)
     folder = break_folder(tmp_path, case)
     with pytest.raises(ValueError, match=BROKEN_FOLDERS[case]) as caught:
-        text.load_gemma(folder)
+        load_gemma(folder)
     assert "\n" not in str(caught.value)
 
 
 def test_more_layers_in_the_config_than_in_the_files_are_named(tmp_path):
-    text.save_gemma(tmp_path, GemmaTextModel(GemmaConfig.from_dict(TINY)), {})
+    save_gemma(tmp_path, GemmaTextModel(GemmaConfig.from_dict(TINY)), {})
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 8, "layer_types": None}))
     with pytest.raises(ValueError, match=r"expected model\.layers\.7\."):
-        text.load_gemma(tmp_path)
+        load_gemma(tmp_path)
 
 
 # ------------------------------------------------------------ connector and the whole
@@ -579,7 +581,7 @@ def test_gradients_reach_every_parameter():
 
 def test_an_encoder_survives_the_disk_and_bfloat16(tmp_path):
     encoder, data = tiny_encoder()
-    text.save_gemma(tmp_path / "gemma", encoder.gemma, data)
+    save_gemma(tmp_path / "gemma", encoder.gemma, data)
     tensors = {text.EXTRACTOR_PREFIX + n: t for n, t in encoder.extractor.state_dict().items()}
     tensors |= {text.CONNECTOR_PREFIX + n: t for n, t in encoder.connector.state_dict().items()}
     path = tmp_path / "ltx.safetensors"
@@ -605,7 +607,7 @@ def test_an_encoder_survives_the_disk_and_bfloat16(tmp_path):
 def saved_encoder(tmp_path):
     """A checkpoint and a Gemma folder that fit, and what is in the checkpoint."""
     encoder, data = tiny_encoder()
-    text.save_gemma(tmp_path / "gemma", encoder.gemma, data)
+    save_gemma(tmp_path / "gemma", encoder.gemma, data)
     tensors = {text.EXTRACTOR_PREFIX + n: t for n, t in encoder.extractor.state_dict().items()}
     tensors |= {text.CONNECTOR_PREFIX + n: t for n, t in encoder.connector.state_dict().items()}
     save_checkpoint(tmp_path / "ltx.safetensors", tensors, {"transformer": TRANSFORMER}, {})
@@ -629,10 +631,10 @@ def test_an_encoder_that_does_not_fit_its_gemma_is_refused_before_gemma_is_read(
         return str(caught.value)
 
     other = GemmaConfig.from_dict({**TINY, "hidden_size": 20, "vocab_size": len(data["model"]["vocab"])})
-    text.save_gemma(folder / "other", GemmaTextModel(other), data)
+    save_gemma(folder / "other", GemmaTextModel(other), data)
     assert "trained with" in line("other") and "7 layers of 20" in line("other")
     small = GemmaConfig.from_dict({**TINY, "vocab_size": 97})
-    text.save_gemma(folder / "small", GemmaTextModel(small), data)
+    save_gemma(folder / "small", GemmaTextModel(small), data)
     assert "expected ids below 97" in line("small")
     save_checkpoint(path, {n: t for n, t in tensors.items() if "registers" not in n}, {"transformer": TRANSFORMER}, {})
     assert "learnable_registers" in line() and "trained with" not in line()

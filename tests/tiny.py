@@ -10,17 +10,10 @@ from PIL import Image, ImageDraw
 from torch import nn
 
 from checkpoint import save_checkpoint
+from gemma import GemmaConfig, GemmaTextModel, save_gemma
 from model import TransformerConfig, VideoTransformer
-from text import (
-    CONNECTOR_PREFIX,
-    EXTRACTOR_PREFIX,
-    Connector,
-    FeatureExtractor,
-    GemmaConfig,
-    GemmaTextModel,
-    save_gemma,
-    train_bpe,
-)
+from text import CONNECTOR_PREFIX, EXTRACTOR_PREFIX, Connector, FeatureExtractor
+from tokenizer import train_bpe
 from vae import VideoVAE
 
 BLOCKS = [["res_x", {"num_layers": 1}], ["compress_all_res", {"multiplier": 2}], ["res_x", {"num_layers": 1}],

@@ -177,7 +177,7 @@ def run(args: argparse.Namespace, config: dict, canvas: Tensor) -> None:
 
 
 @contextmanager
-def stage(name: str, seconds: dict[str, float], device: torch.device):
+def stage(name: str, seconds: dict[str, float], device: torch.device) -> Iterator[None]:
     start = time.perf_counter()
     yield
     if device.type == "cuda":

@@ -295,7 +295,35 @@ def begin(args: argparse.Namespace, model: VideoTransformer, data: WorldClips | 
     return Run(args.out, named, make_optimizer(args, named), Average(named, args.average), settings, args.keep)
 
 
+def descend(args: argparse.Namespace, batch: Batch, draws: Draws, compute: Callable, device: str,
+            world_size: int) -> tuple[list[float], Tensor]:
+    """Gradients of one step, --batch clips at a time. Returns the three losses as means over everybody that has them,
+    and how many that are, (3,)."""
+    counts, terms = sum_all(applies(batch, draws)), torch.zeros(3)
+    for a in range(0, len(batch), args.batch):
+        part, drawn = batch.part(a, a + args.batch), draws.part(a, a + args.batch)
+        weights = applies(part, drawn) / counts.clamp(min=1)  # this part's share in the mean over everybody
+        found = torch.stack(compute(part.to(device), drawn.to(device)))                   # (3,)
+        # times world_size: the processes' gradients will be averaged, and these are parts of one sum
+        fm, face, identity = found * weights.to(device) * world_size
+        total_loss(fm, face, identity, args.w_face, args.w_id).backward()
+        terms += found.detach().cpu() * weights
+    return sum_all(terms).tolist(), counts
+
+
+def held_out_losses(args: argparse.Namespace, compute: Callable, device: str) -> Callable:
+    """(batch, generators) -> flow-matching and face losses (2,) with nothing dropped or augmented, and their counts."""
+    plain = argparse.Namespace(**vars(args) | dict.fromkeys(
+        ("drop_ref", "drop_both", "drop_text", "augment_color", "augment_pose", "augment_layout", "w_id"), 0.0))
+
+    def look(batch: Batch, generators: list[Generator]) -> tuple[Tensor, Tensor]:
+        draws = draw(plain, batch, generators)
+        return torch.stack(compute(batch.to(device), draws.to(device))[:2]).cpu(), applies(batch, draws)[:2]
+    return look
+
+
 def train(args: argparse.Namespace) -> None:
+    """The whole run: check, load, step by step to the end, save."""
     check_numbers(args)
     rank, world_size = start_workers()
     device = device_name()
@@ -323,28 +351,12 @@ def train(args: argparse.Namespace) -> None:
         check_batch(step, batch, data)
         return everyone, batch, draw(args, batch, generators)
 
-    plain = argparse.Namespace(**vars(args) | dict.fromkeys(  # validation: nothing dropped, nothing augmented
-        ("drop_ref", "drop_both", "drop_text", "augment_color", "augment_pose", "augment_layout", "w_id"), 0.0))
-
-    def look(batch: Batch, generators: list[Generator]) -> tuple[Tensor, Tensor]:
-        draws = draw(plain, batch, generators)
-        return torch.stack(compute(batch.to(device), draws.to(device))[:2]).cpu(), applies(batch, draws)[:2]
-
     ahead = ThreadPoolExecutor(1, initializer=settle_thread, initargs=(torch.get_num_threads(),))
     ready = ahead.submit(read, run.done)  # the next step's clips are read while this one computes
     for step in run.steps(args.steps, args.minutes, args.batch * args.accumulate, "st-drc", args.save_seconds):
         everyone, batch, draws = ready.result()
         ready = ahead.submit(read, step + 1)
-        counts, terms = sum_all(applies(batch, draws)), torch.zeros(3)
-        for a in range(0, len(batch), args.batch):
-            part, drawn = batch.part(a, a + args.batch), draws.part(a, a + args.batch)
-            weights = applies(part, drawn) / counts.clamp(min=1)  # this part's share in the mean over everybody
-            found = torch.stack(compute(part.to(device), drawn.to(device)))               # (3,)
-            # times world_size: the processes' gradients will be averaged, and these are parts of one sum
-            fm, face, identity = found * weights.to(device) * world_size
-            total_loss(fm, face, identity, args.w_face, args.w_id).backward()
-            terms += found.detach().cpu() * weights
-        fm, face, identity = sum_all(terms).tolist()
+        (fm, face, identity), counts = descend(args, batch, draws, compute, device, world_size)
         average_gradients(run.optimizer.parameters(), world_size)
         norm = whole(nn.utils.clip_grad_norm_(run.optimizer.parameters(), args.clip)).item()
         check_finite(step, {"flow matching": fm, "the face-weighted loss": face, "the identity loss": identity,
@@ -358,7 +370,7 @@ def train(args: argparse.Namespace) -> None:
                    lr=factor * run.optimizer.lr_other, gradient=norm, with_face=shares[0], with_id=shares[1])
         if (step + 1) % args.validate_every == 0 or step + 1 == args.steps:
             run.report(step + 1, args.batch * args.accumulate)
-            validate(run, shown, args.batch, held_out, look,
+            validate(run, shown, args.batch, held_out, held_out_losses(args, compute, device),
                      lambda clips: sample_clips(shown, clips, config, model, vae, args.placement, args.precision))
         elif (step + 1) % 100 == 0:
             draw_curves(run)

@@ -15,7 +15,7 @@ mean of action, scene, light and shirt. Guidance scale 1 = off, 0 = condition re
     python ablate.py run --only placement --seeds 0 --steps 200      a part of it
     python ablate.py table                                           FOLDER/table.md and FOLDER/grid.png
 
-Read next: results.py, which makes the tables.
+Read next: results.py
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ Usage:
     canvas, generator = torch.rand(8, 3, 64, 96) * 2 - 1, torch.Generator().manual_seed(0)      # (B, 3, H, W)
     canvas = augment_reference(canvas, generator, AugmentStrength(layout=0))                    # colour and pose only
 
-Read next: losses.py, the other half of "reference-robust identity enhancement".
+Read next: losses.py
 """
 
 import math
@@ -243,7 +243,7 @@ def _demo() -> None:
     print(f"So at strength 1, {same} of 200 came back bit for bit; at strength 0 every picture does.")
     draw(face).save("augment_demo.png")
     print("wrote augment_demo.png: a row for each family and for all together, a column for each strength and draw")
-    print("Notice: along a row one draw goes further: light, tilt, place and ground change, the person does not.")
+    print("Notice: along a row one draw goes further: light, tilt, place, ground change, the face's shape does not.")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ canvas for the reference; NaN landmarks = none known, `seen` False = no face in 
     order = Order(data.groups, size=16, seed=0)
     batch = data.batch(order(step), [seeded(0, step, k) for k in range(16)])        # x0 (B, L, C), reference (B, 3, h, w)
 
-Read next: train.py
+Read next: optim.py
 """
 
 from __future__ import annotations

@@ -13,9 +13,10 @@ our reading: `guide_range` and `guide_every`, which save calls. Three streams co
              step, the paper says nothing of cheaper ones. Outside the range one stream is run, with every condition
              whose scale is not 0; between fresh steps the arrows between streams are kept (guidance.keep_arrows).
 
-Conventions. Sigma 1 = noise, 0 = data. Scales: 1 = plain conditional prediction, 0 = condition absent; rescale and
-stg_scale 0 = off. guide_range (0, 1) and guide_every 1 = every stream in every step.
+Conventions. Sigma 1 = noise, 0 = data. Scales: 1 = not amplified, 0 = see guidance.py; rescale and stg_scale 0 = off.
+guide_range (0, 1) and guide_every 1 = every stream in every step.
 
+Usage, with a loaded model (sample.generate):
     latent = denoise(transformer, context, null_context, reference_tokens, (F, H, W), 24.0, (8, 32), sigmas, noise)
     video = vae.decode(latent)                                                # (B, C, F, H, W) -> (B, 3, f, h, w)
 

@@ -18,7 +18,7 @@ paper:        no score and no number of it is known to us (ST-DRC, arXiv 2606.02
 our reading:  all scores, rows and levels of chance.
 
     python evaluate.py                                  the tables of the README, evaluate.json and evaluate.png
-    python evaluate.py --videos FOLDER --ref face.jpg --face arcface.safetensors        own videos, see score_folder
+    python evaluate.py --videos FOLDER --ref face.jpg --face arcface.safetensors        your own videos, see score_folder
 
 Read next: ablate.py
 """

@@ -23,7 +23,7 @@ corner: the first pixel's middle is (0.5, 0.5).
     net = load_facenet("backbone.safetensors")
     embedding = net(faces_of(frames, boxes, landmarks, net.size))      # landmarks=None: by box
 
-Read next: losses.py for the loss, evaluate.py for the score.
+Read next: world.py
 """
 
 from __future__ import annotations

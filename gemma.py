@@ -1,9 +1,9 @@
 """Gemma 3, text only: ids -> the hidden states after every layer. LTX-2.3 uses the 12B model, frozen.
 
-The idea. A language model that was trained to guess the next word knows what a prompt means; where in its layers it knows
-what differs from thing to thing, so all of them are handed on (text.py mixes them). Two traps: five layers of six see
-only a window of the last words, and the two kinds have rotary angles of their own; and weights are stored as deviations
-from one, so a norm that multiplies by the stored number alone silences everything.
+The idea. A language model that was trained to guess the next word knows what a prompt means. Which of its layers knows
+what depends on the subject, so the states of all layers are handed on (text.py mixes them). Two traps: five layers of
+six see only a window of the last words, and the two kinds have rotary angles of their own; and weights are stored as
+deviations from one, so a norm that multiplies by the stored number alone silences everything.
 
 paper: ST-DRC, arXiv 2606.02441, overview figure: the Gemma 3 text encoder is frozen.
 LTX-2.3: everything else here. Names match the Hugging Face folders, so real weights load unchanged.

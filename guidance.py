@@ -11,15 +11,17 @@ skin burns out when it is high. So we draw two arrows, each with its own length.
 paper:        three model streams at inference, text adherence and reference fidelity controlled separately
               (ST-DRC, arXiv 2606.02441, abstract: decoupled text/reference guidance). No formula, no scales.
 our reading:  which three of the four streams, and how they are summed. Three orders are here, `text_first` is the
-              default: its reference arrow is "with minus without the reference tokens", two of its three streams are
-              the untouched base model, and training needs to drop the reference only. Published reference-to-video
-              systems mostly use `reference_first`. None of them is claimed to be the paper's.
+              default: its reference arrow is "with minus without the reference tokens", two of its three streams
+              never see a reference token, as the base model never did, so training must above all drop the reference.
+              Published reference-to-video systems mostly use `reference_first`. None of them is claimed to be the
+              paper's.
 
-Conventions. A scale of 1 switches guidance along its arrow OFF (the plain prediction); 0 removes the condition. At
-(1, 1) every order is v_RT alone. The weights of the streams sum to one, so velocities and clean estimates give the
-same result (x0 = x_s - sigma * v turns one into the other); only `rescale` tells them apart, LTX-2.3 uses the clean
-estimate. "No reference" means the tokens are taken out of the sequence, not zeroed; "no text" means an empty or
-negative prompt that went through the text encoder.
+Conventions. A scale of 1 switches guidance along its arrow OFF. 0 drops the arrow; the reference is really out of the
+sum only at s_R = 0 in `text_first`, the prompt only at s_T = 0 in `reference_first`. At (1, 1) every order is v_RT.
+The weights of the streams sum to one, so velocities and clean estimates give the same result (x0 = x_s - sigma * v
+turns one into the other); only `rescale` tells them apart, LTX-2.3 uses the clean estimate. "No reference" means the
+tokens are taken out of the sequence, not zeroed; "no text" means an empty or negative prompt that went through the
+text encoder.
 
 Usage:
     import torch
@@ -28,7 +30,7 @@ Usage:
     v = guide(predict, text_scale=3.0, ref_scale=2.0)           # three calls of the model
     v = guide(predict, text_scale=1.0, ref_scale=1.0)           # one call
 
-Read next: denoise.py, which calls this once per step.
+Read next: denoise.py
 """
 
 import math
@@ -48,7 +50,7 @@ def stream_weights(text_scale: float, ref_scale: float, order: str = "text_first
     """How much of each stream goes into the guided prediction; the keys are (text, reference).
 
     paper: three streams, separate control of text and reference. our reading: the three sums below, with s_T =
-    `text_scale` and s_R = `ref_scale` (1 = guidance off, 0 = condition removed):
+    `text_scale` and s_R = `ref_scale` (1 = guidance off, 0 = no arrow):
 
         text_first        v_0  + s_T (v_T - v_0)        + s_R (v_RT - v_T)
         reference_first   v_0  + s_R (v_R - v_0)        + s_T (v_RT - v_R)

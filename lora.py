@@ -21,7 +21,7 @@ Conventions. A (rank, in), B (out, rank); a file's scale is alpha / rank, or 1 w
     metadata = load_lora(other_model, "st-drc.safetensors", strength=1.0)   # fused; with fuse=False: applied
     change = lora_changes(model_on_meta, [("a.safetensors", 1.0), ("b.safetensors", 0.5)])     # for load_weights
 
-Read next: train.py
+Read next: memory.py
 """
 
 import math

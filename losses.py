@@ -29,7 +29,7 @@ Usage:
     crops = crop_faces(frames, boxes, size=16)                  # frames: the decoded clean_estimate(x_s, v_hat, s)
     loss = total_loss(fm, face, identity_loss(embed, crops, embed(crops.flip(0)), valid=torch.tensor([True, False])))
 
-Read next: guidance.py. (face.py has E, train.py is where the terms meet.)
+Read next: guidance.py
 """
 
 from collections.abc import Callable, Sequence

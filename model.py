@@ -1,4 +1,4 @@
-"""LTX-2.3's video transformer, its noise schedule and its guidance.
+"""LTX-2.3's video transformer and its noise schedule.
 
 The base model that ST-DRC (arXiv 2606.02441) builds on. A latent video is a sequence of tokens; the transformer
 looks at noisy tokens, each with its own noise level and its own coordinate, and predicts the velocity from data to
@@ -6,7 +6,7 @@ noise. Nothing in this file knows what a reference is: reference tokens are ordi
 whose coordinate comes from rope.py. That is the paper's point of "no extra adapter" and it is why the file has to
 accept one noise level *per token*; a model with one level per sample would treat the clean picture as noise.
 
-Source: LTX-2.3 throughout; the module tree has the very names of the published file, so weights load by name.
+LTX-2.3: everything here; the module tree has the very names of the published file, so weights load by name.
 
 A block, x (B, S, D), modulated by nine rows (shift, scale, gate for each of three parts) made from the noise level:
   x += gate * self-attention(rms(x) * (1 + scale) + shift)     rotary positions, all tokens see all tokens

@@ -15,7 +15,7 @@ too (workers.py). Learning-rate factors are in 0..1 and multiply the rates of bo
     optimizer = MuonAdamW({}, named, lr_other=2e-4)                  # AdamW alone: no matrices for Muon
     loss.backward(); optimizer.step(schedule(step, steps=3000))
 
-Read next: run.py, which keeps all of it across interruptions.
+Read next: workers.py
 """
 
 from __future__ import annotations

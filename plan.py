@@ -19,7 +19,7 @@ Letters. K blocks, D width, h heads, N text tokens, L video and R reference toke
     python plan.py                                          # LTX-2.3 at 768 x 512, 121 frames
     python plan.py CHECKPOINT GEMMA_FOLDER                  # a given file; sample.py --plan takes other sizes too
 
-Read next: sample.py
+Read next: video.py
 """
 
 import ast

@@ -14,7 +14,7 @@ steps twice: the later line counts. With more runs than colours (7) the colours 
     curves({"": read_log("runs/a/log.jsonl")}, "curves.png")                     from Python, one run
     python plot.py runs/a/log.jsonl runs/b/log.jsonl --out curves.png            two runs, named a and b
 
-Read next: train.py.
+Read next: validate.py
 """
 
 from __future__ import annotations

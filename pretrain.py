@@ -15,7 +15,12 @@ model of the same architecture, in the same file format, for the paper's recipe 
 Every stage resumes: run the same command again, on CPU or CUDA. `--minutes` bounds one command, the state in runs/
 carries on. `torchrun --nproc_per_node=2 pretrain.py vae` uses two worker processes.
 
-Read next: train.py, where the paper begins.
+The failure this prevents: a score by the very network that was trained on. So recogniser and judge see other people and
+have other widths, and the head reader supervises nothing. our reading: all sizes, lengths and rates (tables below).
+
+Conventions. sigma 1 = noise, 0 = data; pictures in [-1, 1]; --minutes left out = no limit.
+
+Read next: scores.py
 """
 
 from __future__ import annotations
@@ -344,7 +349,7 @@ def check_samples(run: Run, model: VideoTransformer, text: TextEncoder, vae: Vid
 
 
 def draw_noise(x0: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """LTX-2.3, spec h: noise level per sample (B,), noise (B, L, C) and the noisy latent (1 - s) x0 + s noise."""
+    """LTX-2.3: noise level per sample (B,), noise (B, L, C) and the noisy latent (1 - s) x0 + s noise."""
     B, L, _ = x0.shape
     device = x0.device
     normal = torch.randn(B, generator=generator, device=device)

@@ -32,7 +32,7 @@ Usage:
     tokens, timesteps, positions = append_reference(video, sigmas, grid, reference, grid[:, :, :6] + 5)     # S = 30
     velocity = drop_reference(tokens, L=24)                                         # really: of the model's output
 
-Read next: augment.py, which keeps the model from copying the canvas. (rope.py gave the tokens their place.)
+Read next: augment.py
 """
 
 from collections.abc import Callable

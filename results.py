@@ -13,7 +13,7 @@ set), "clips" (name -> one number per clip), "chance" (name -> level), "seconds"
 
     lines, tested, marked = comparison({"overlap": {0: a, 1: b}}, base={0: c, 1: d}, columns=("similarity", "top1"))
 
-Read next: the tables in README.md.
+Read next: exercises.md
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ Conventions
   Index grids are (N, 3) integers, columns time, row, column; rows of a picture run downward.
   Positions are (3, N, 2) or (B, 3, N, 2) float32, last axis [start, end): seconds for time, pixels for row and column.
   A token is turned by the middle of its bounds; "split": channel c of a head pairs with c + hd/2, not with c + 1.
-Trap: a shift of max(video start) - min(reference start) lands on (F-1, H-1, W-1), one patch short on every axis, and
-  puts the first reference token exactly onto the last video token.
+Trap: a shift that puts the reference's first index where the video's last one is, is one patch short on every axis: its
+  first token lies exactly on the video's last. The shift is by (F, H, W).
 
 Usage:
     import rope, torch
@@ -95,8 +95,8 @@ def source_phase(placement: str, video: int, reference: int, phase_scale: float 
 
     our reading: (comparison) the layout of a public face LoRA for LTX, which some call TASS-RoPE although it is not the
     paper's: the reference lies on top of frame 0 and is told apart by a constant turn of all its angles,
-    source * phase_scale * 10000^(-d / L) for channel d of L = hd/2. phase_scale 0 = plain overlap; the LoRA's own value
-    is not known to us. video, reference: token counts. Returns (1, video + reference) float32 for rotary_tables.
+    source * phase_scale * 10000^(-d / (hd/2)) for channel d of hd/2. phase_scale 0 = plain overlap; the LoRA's own
+    value is not known to us. video, reference: token counts. Returns (1, video + reference) float32 for rotary_tables.
     """
     if placement != "overlap_phase":
         return None
@@ -160,8 +160,8 @@ def rotary_tables(positions: Tensor, dim: int, heads: int, theta: float = 10000.
     angles = torch.nn.functional.pad(angles, (missing, 0))  # (B, N, dim/2) angle 0: cos 1, sin 0
     angles = angles.reshape(B, N, heads, -1).transpose(1, 2)  # (B, nh, N, hd/2)
     if phase is not None:
-        L = angles.shape[-1]
-        fade = 10000.0 ** (-torch.arange(L, dtype=torch.float32, device=angles.device) / L)  # (hd/2,) 1 -> almost 0
+        d = torch.arange(angles.shape[-1], dtype=torch.float32, device=angles.device)  # (hd/2,)
+        fade = 10000.0 ** (-d / len(d))  # (hd/2,) 1 -> almost 0
         angles = angles + phase.to(angles)[:, None, :, None] * fade  # every head alike
     return angles.cos(), angles.sin()
 

@@ -20,7 +20,7 @@ after Ctrl-C (130) or SIGTERM (143).
         ...
         run.record(loss=loss.item())
 
-Read next: dataset.py
+Read next: plot.py
 """
 
 from __future__ import annotations

@@ -14,13 +14,13 @@ LTX-2.3:     noise schedule, default sizes, steps and text scale.
 our reading: order of guidance and its scales (guidance.py). --rescale measures the spread on the video tokens only,
              because the streams have unequal numbers of tokens.
 
-Conventions. Scales: 1 = plain conditional prediction, 0 = condition absent; --rescale 0, --guide-range 0 1 and
---guide-every 1 = off. Sigma 1 = noise, 0 = data. What the checkpoint's config says under "inference" (size, steps,
+Conventions. Scales: 1 = not amplified, --ref-scale 0 = no face in the order text_first; --rescale 0, --guide-range 0 1
+and --guide-every 1 = off. Sigma 1 = noise, 0 = data. What the checkpoint's config says under "inference" (size, steps,
 scales) is the default, otherwise LTX-2.3's own numbers: the small bundled model and the 22B model take the same path.
 Noise is drawn on the CPU, so a seed means the same noise on every device. Beside out.mp4 stand out.png (reference and
 frames) and out.json (what to repeat it with).
 
-Read next: evaluate.py
+Read next: train.py
 """
 
 import argparse
@@ -209,7 +209,7 @@ def build_parser() -> Parser:
     add("--frame-rate", type=float, help=f"frames per second, 1 to 240 {known['frame_rate']}")
     add("--num-inference-steps", type=int, help=known["steps"])
     add("--text-scale", type=float, help=f"1 = prompt not amplified {known['text_scale']}")
-    add("--ref-scale", type=float, help=f"1 = face not amplified, 0 = no face {known['ref_scale']}")
+    add("--ref-scale", type=float, help=f"1 = face not amplified, 0 = no face (order text_first) {known['ref_scale']}")
     add("--rescale", type=float, help=f"0 = off, 0.7 calms burnt colours {known['rescale']}")
     add("--guide-range", type=float, nargs=2, metavar=("LOW", "HIGH"),
         help=f"noise levels at which all streams are run, elsewhere one {known['guide_range']}")

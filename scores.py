@@ -26,7 +26,7 @@ Conventions: videos (n, 3, F, h, w), pictures (P, 3, h, w) in [-1, 1]; poses x, 
     scores = per_clip(video, data, load_facenet("judge.safetensors"), load_head("head.safetensors"))
     mean, half_width = summarise(scores["similarity"])
 
-Read next: evaluate.py, which prints these beside true clips and chance.
+Read next: evaluate.py
 """
 
 from __future__ import annotations

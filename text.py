@@ -27,7 +27,7 @@ our reading: the tiny stand-in may set `text_max_length` in the checkpoint's con
 
     python text.py "a person nods in the snow" "a person nods at night"    # draws both with the bundled checkpoint
 
-Read next: vae.py
+Read next: lora.py
 """
 
 import os

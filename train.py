@@ -7,8 +7,11 @@ ST-DRC, arXiv 2606.02441. One step, top to bottom:
     [video tokens | reference tokens], positions from rope.py (TASS)  -> model.py -> velocity of the video tokens
     losses.py: flow matching + face-weighted + identity on the decoded clean estimate
 
-paper: Gemma and the VAE stay frozen, the video DiT is trained. our reading: everything with a number attached; each is
-explained at its line below.
+The failure this prevents: a model whose references are always there, unaltered and of the same moment learns to paste
+them. So they are augmented, drawn from other moments, and now and then left out.
+
+paper: Gemma and the VAE stay frozen, the video DiT is trained. LTX-2.3: the law of sigma, rank, clipping, precision.
+our reading: every other number; most are explained at their line.
 
     python train.py --manifest clips/manifest.jsonl --checkpoint-path ltx-2.3-22b-dev.safetensors --gemma-root gemma ...
     torchrun --nproc_per_node=8 train.py ...          the same on eight cards: same batch, same losses, an eighth each
@@ -19,7 +22,7 @@ LoRA recipe; --full trains every weight of the transformer. The same command res
 Conventions. sigma 1 = noise, 0 = data. Shapes: B batch, L video tokens, R reference tokens, S = L + R, C latent channels,
 F frames. A weight of 0 switches a loss off.
 
-Read next: sample.py, which uses what this file trains.
+Read next: checkpoint.py
 """
 
 from __future__ import annotations
@@ -177,7 +180,7 @@ class Draws(PerClip):
 
 
 def draw(args: argparse.Namespace, batch: Batch, generators: list[Generator]) -> Draws:
-    """paper: noise on the video only, the reference augmented. LTX-2.3, spec h: the law of sigma."""
+    """paper: noise on the video only, the reference augmented. LTX-2.3: the law of sigma."""
     L, C = batch.x0.shape[1:]
     u = torch.stack([torch.rand(4, generator=g) for g in generators])                     # (B, 4)
     normal = torch.stack([torch.randn((), generator=g) for g in generators])              # (B,)

@@ -24,7 +24,7 @@ that axis is not tiled, and no Tiling at all = `decode`, bit for bit.
     for frames in vae.decode_tiles(latent, Tiling()):                         # (B, 3, f, h, w), f varies
         writer.add(to_frames(frames[0]))                                      # video.py
 
-Read next: model.py, which denoises these latents.
+Read next: tokenizer.py
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ def stride_of(kind: str) -> tuple[int, int, int]:
 
 
 class Encoder(nn.Module):
-    """Causal encoder, spec e. (B, 3, F, h, w) -> mean (B, C, F', H, W), not yet normalised."""
+    """Causal encoder. LTX-2.3. (B, 3, F, h, w) -> mean (B, C, F', H, W), not yet normalised."""
 
     def __init__(self, config: dict):
         super().__init__()
@@ -214,7 +214,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Non-causal decoder, spec e. un-normalised latent (B, C, F', H, W) -> (B, 3, F, h, w)."""
+    """Non-causal decoder. LTX-2.3. Un-normalised latent (B, C, F', H, W) -> (B, 3, F, h, w)."""
 
     def __init__(self, config: dict):
         super().__init__()
@@ -338,7 +338,7 @@ class VideoVAE(nn.Module):
         return tuple(named[k].view(1, -1, 1, 1, 1) for k in ("mean-of-means", "std-of-means"))
 
     def encode(self, video: Tensor) -> Tensor:
-        """LTX-2.3 spec e: video (B, 3, F, h, w) in [-1, 1] -> normalised latent (B, C, F', H, W).
+        """LTX-2.3: video (B, 3, F, h, w) in [-1, 1] -> normalised latent (B, C, F', H, W).
 
         Frames beyond the last whole group are dropped, as in the official code. Raises ValueError when h or w is not a
         multiple of `space_scale`.
@@ -351,7 +351,7 @@ class VideoVAE(nn.Module):
         return (self.encoder(video) - mean) / std                                         # (B, C, F', H, W)
 
     def decode(self, latent: Tensor) -> Tensor:
-        """LTX-2.3 spec e: normalised latent (B, C, F', H, W) -> video (B, 3, F, h, w), about [-1, 1], not clamped."""
+        """LTX-2.3: normalised latent (B, C, F', H, W) -> video (B, 3, F, h, w), about [-1, 1], not clamped."""
         mean, std = self.statistics()
         return self.decoder(latent * std + mean)                                          # (B, 3, F, h, w)
 
@@ -395,7 +395,7 @@ class VideoVAE(nn.Module):
         return time_tiles(F, *cells["time"]), tiles(H, sides[0], shared), tiles(W, sides[1], shared)
 
     def decode_tiles(self, latent: Tensor, tiling: Tiling | None = None) -> Iterator[Tensor]:
-        """LTX-2.3 spec e: `decode` in pieces: latent (B, C, F', H, W) -> runs (B, 3, f, h, w) of finished frames.
+        """LTX-2.3: `decode` in pieces: latent (B, C, F', H, W) -> runs (B, 3, f, h, w) of finished frames.
 
         The runs are in order and together are all frames. In memory are one tile in time and what it shares with the
         next, never the whole video; for inference only (no gradients). One tile (tiling None, or a latent that fits)

@@ -12,7 +12,7 @@ Conventions. Averaged weights, those that will be shipped. With several processe
 
     validate(run, clips, 4, True, compute, sample)           # -> log.jsonl, sheet.png and curves.png in run.folder
 
-Read next: sample.py
+Read next: pretrain.py
 """
 
 from __future__ import annotations

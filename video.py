@@ -17,7 +17,7 @@ No part of ST-DRC and no LTX-2.3 fact: this is the plumbing at the end.
         for frames in vae.decode_tiles(latent, tiling):                       # (1, 3, f, h, w)
             writer.add(to_frames(frames[0].float().cpu()))
 
-Read next: sample.py, whose last stage this is.
+Read next: face.py
 """
 
 import json

@@ -17,7 +17,7 @@ Conventions. Picture coordinates run from -1 to 1, x rightwards, y downwards; th
 Videos are (B, 3, F, h, w) in [-1, 1]; boxes are (x0, y0, x1, y1) in pixels; masks are 1 on the face, 0 elsewhere.
 Everything runs on the device of its inputs, so a GPU can render while it trains.
 
-Read next: pretrain.py, which trains the tiny base model on this world.
+Read next: frames.py
 """
 
 from __future__ import annotations

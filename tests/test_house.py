@@ -51,15 +51,14 @@ def test_the_header_says_what_comes_from_where_and_what_to_read_next(name):
         assert not module or module in NAMES, module
 
 
-def test_following_read_next_from_the_first_file_passes_all_method_files():
-    after = {name: re.search(r"Read next: (\w+)\.py", ast.get_docstring(TREES[name])) for name in NAMES}
-    road, name = [], "rope"
-    while name not in road:
-        road.append(name)
-        if after[name] is None:
-            break
-        name = after[name][1]
-    assert {"rope", "reference", "augment", "losses", "guidance", "denoise", "sample"} <= set(road), road
+def test_the_headers_lead_through_all_files_in_the_order_of_the_readme():
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Reading order")[1].split("\n\n")[1]
+    told = [name for row in section.splitlines() for name in re.findall(r"`(\w+)\.py`", row.split("|")[1])]
+    road = [told[0]]
+    while following := re.search(r"^Read next: (\w+)\.py$", ast.get_docstring(TREES[road[-1]]), re.M):
+        road.append(following[1])
+        assert len(road) <= len(NAMES), road
+    assert road == told
 
 
 def test_nobody_imports_in_a_circle():

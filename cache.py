@@ -31,7 +31,6 @@ import argparse
 import hashlib
 import json
 import secrets
-import signal
 import sys
 import time
 from collections import defaultdict
@@ -48,7 +47,7 @@ from checkpoint import load_weights, open_file, parse_json, read_metadata, read_
 from clips import Report, Row, add_manifest_arguments, check_arguments, check_row, read_manifest, sort_rows
 from frames import FORMAT, IMAGES, Bucket, Probe, Unusable, load_clip, probe
 from memory import OFFLOADS
-from run import Parser, stoppable
+from run import Parser, command
 
 ABANDONED = 3600  # our reading: seconds; what nobody has written to for so long belongs to a process that was killed
 
@@ -448,25 +447,16 @@ def main(words: list[str] | None = None) -> int:
     p.add_argument("--offload-text", choices=OFFLOADS, default="none", help="where Gemma's layers wait, as in sample.py")
     args = p.parse_args(words)
     from text import check_text
+    refused = []
 
-    stopped = 0
-    try:
-        with stoppable():
-            _check_device(args.device)
-            check_text(args.checkpoint, args.gemma_root)  # from headers alone: better now than after the latents
-            report = _make_latents(args)  # the VAE is freed before Gemma is loaded
-            _make_contexts(args, ["", *(row.caption for row in report.used)])
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        told = " ".join(str(error).split())
-        print(f"cache.py: error: {told}" + ("" if "; " in told else "; check that file and the free space"),
-              file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as stop:
-        stopped = stop.args[0] if stop.args else signal.SIGINT
-    if stopped:  # told after the block: until then the exception keeps the bar open, in the middle of a line
-        print(f"cache.py: stopped; what is whole stays in {args.folder}, and the same command goes on", file=sys.stderr)
-        return 128 + stopped
-    return 1 if report.refused else 0
+    def work() -> None:
+        _check_device(args.device)
+        check_text(args.checkpoint, args.gemma_root)  # from headers alone: better now than after the latents
+        report = _make_latents(args)  # the VAE is freed before Gemma is loaded
+        refused.extend(report.refused)
+        _make_contexts(args, ["", *(row.caption for row in report.used)])
+    status = command("cache.py", work, f"what is whole stays in {args.folder}, and the same command goes on")
+    return status or int(bool(refused))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,6 @@ import argparse
 import csv
 import io
 import math
-import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -60,7 +59,7 @@ from frames import (
     parse_buckets,
     probe,
 )
-from run import Parser, stoppable
+from run import Parser, command
 
 FIELDS = ("video", "media_path", "caption", "reference", "identity", "faces")
 LONGEST = 100_000  # our reading: characters of a field; more is a file in the wrong place (LTX-2.3 reads 1024 tokens)
@@ -454,21 +453,13 @@ def main(words: list[str] | None = None) -> int:
     if args.command is None:
         p.print_help()
         return 0
-    stopped = 0
-    try:
+    refused = []
+
+    def work() -> None:
         if min(args.time_scale, args.space_scale) < 1:
             raise ValueError(f"expected scales of at least 1, got {args.time_scale} and {args.space_scale}; see --help")
-        with stoppable():
-            report = check_arguments(args, args.time_scale, args.space_scale)
-    except ValueError as error:
-        print(f"clips.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as stop:
-        stopped = stop.args[0] if stop.args else signal.SIGINT
-    if stopped:  # told after the block: until then the exception keeps the bar open, in the middle of a line
-        print("clips.py: stopped; nothing was written", file=sys.stderr)
-        return 128 + stopped
-    return 1 if report.refused else 0
+        refused.extend(check_arguments(args, args.time_scale, args.space_scale).refused)
+    return command("clips.py", work, "nothing was written") or int(bool(refused))
 
 
 if __name__ == "__main__":

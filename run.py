@@ -156,22 +156,23 @@ def stoppable() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def command(name: str, work: Callable[[], object]) -> int:
+def command(name: str, work: Callable[[], object], stopped: str = "the same command goes on",
+            smaller: str = "take fewer or smaller clips at a time") -> int:
     """Run a script's work; its exit status. What a user can mend is one line and 2; stopped by Ctrl-C 130, SIGTERM 143.
 
+    stopped: what is said then; smaller: what to do when memory does not suffice.
     During the steps of a run both signals are only noted, see `Run.signals`.
     """
     try:
         with stoppable():
             work()
         return 0
-    except KeyboardInterrupt as stopped:
-        status = 128 + (stopped.args[0] if stopped.args else signal.SIGINT)
-        told = "stopped; the same command goes on"
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+    except KeyboardInterrupt as signalled:
+        status, told = 128 + (signalled.args[0] if signalled.args else signal.SIGINT), f"stopped; {stopped}"
+    except (ValueError, OSError, SafetensorError, MemoryError, RuntimeError) as error:
         status, told = 2, one_line(str(error))
         if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in told):
-            told = "expected enough memory for this size, got too little; take fewer or smaller clips at a time"
+            told = f"expected enough memory for this size, got too little; {smaller}"
         elif isinstance(error, RuntimeError):
             raise  # a mistake of ours, which needs its traceback
         told = "error: " + told + ("" if "; " in told else "; check that file and the free space")

@@ -27,7 +27,6 @@ import argparse
 import importlib.metadata
 import math
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -35,7 +34,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 import plan
@@ -48,7 +46,7 @@ from memory import OFFLOADS, cast_linears, load_streamed
 from model import DISTILLED_SIGMAS, TRANSFORMER_PREFIX, TransformerConfig, VideoTransformer, ltx_sigmas
 from reference import encode_reference, letterbox, unpatchify
 from rope import PLACEMENTS, reference_grid
-from run import Parser, check_ranges, one_line, stoppable
+from run import Parser, check_ranges, command
 from text import check_text, encode_once
 from vae import Tiling, VideoVAE, psnr
 from video import beside, write_outputs
@@ -450,6 +448,7 @@ def print_plan(args: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0, 2 for what a user can mend, 130 and 143 after Ctrl-C and SIGTERM."""
     start = time.perf_counter()
     parser = build_parser()
     args = parser.parse_args(arguments)
@@ -458,31 +457,18 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_flush_denormal(True)  # denormal numbers can slow a CPU convolution tenfold
     reasons = {"device": "asked for" if args.device != "auto" else "found", "seed": "noise drawn on the CPU",
                "dtype": "asked for" if args.dtype != "auto" else "the device's default"}
-    try:
-        with stoppable():
-            if args.plan:
-                print_plan(args)
-                return 0
-            config, canvas = resolve(args)
-            for name, reason in reasons.items():
-                print(f"{name:8s}{getattr(args, name)} ({reason})")
-            if args.dry_run:
-                print(*(f"  {name} = {value!r}" for name, value in settings(args).items()), sep="\n")
-                return 0
-            run(args, config, canvas)
-            print(f"output  {args.output_path} (.png and .json beside it)\nseconds {time.perf_counter() - start:.1f}")
-        return 0
-    except KeyboardInterrupt as stopped:
-        status, told = 128 + (stopped.args[0] if stopped.args else signal.SIGINT), "stopped; no half-written file is left"
-    except (ValueError, OSError, SafetensorError, RuntimeError, MemoryError) as error:
-        status, told = 2, one_line(str(error))
-        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in told):
-            told = "expected enough memory for this size, got too little; lower --width, --height or --num-frames"
-        elif isinstance(error, RuntimeError):
-            raise  # a mistake of ours, which needs its traceback
-        told = f"error: {told}" + ("" if "; " in told else "; check that file and the free space")
-    print(f"sample.py: {told}", file=sys.stderr)  # out here the progress bar has been closed, and its line ended
-    return status
+
+    def work() -> None:
+        if args.plan:
+            return print_plan(args)
+        config, canvas = resolve(args)
+        for name, reason in reasons.items():
+            print(f"{name:8s}{getattr(args, name)} ({reason})")
+        if args.dry_run:
+            return print(*(f"  {name} = {value!r}" for name, value in settings(args).items()), sep="\n")
+        run(args, config, canvas)
+        print(f"output  {args.output_path} (.png and .json beside it)\nseconds {time.perf_counter() - start:.1f}")
+    return command("sample.py", work, "no half-written file is left", "lower --width, --height or --num-frames")
 
 
 if __name__ == "__main__":

@@ -147,6 +147,7 @@ def stoppable() -> Iterator[None]:
         yield
         return
     def stop(number: int, frame: object) -> None:
+        sys.unraisablehook = lambda _: None  # a progress bar that was just being made complains when it is thrown away
         raise KeyboardInterrupt(number)
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -163,6 +164,7 @@ def command(name: str, work: Callable[[], object], stopped: str = "the same comm
     stopped: what is said then; smaller: what to do when memory does not suffice.
     During the steps of a run both signals are only noted, see `Run.signals`.
     """
+    hook = sys.unraisablehook
     try:
         with stoppable():
             work()
@@ -177,6 +179,7 @@ def command(name: str, work: Callable[[], object], stopped: str = "the same comm
             raise  # a mistake of ours, which needs its traceback
         told = "error: " + told + ("" if "; " in told else "; check that file and the free space")
     print(f"{name}: {told}", file=sys.stderr)  # out here progress bars have been closed, and their lines ended
+    sys.unraisablehook = hook
     return status
 
 
@@ -350,8 +353,8 @@ class Run:
         """
         start, last_save, before = time.time(), time.time(), self.seconds
         self.began = start, self.done
-        bar = tqdm(total=total, initial=self.done, desc=name, disable=self.rank != 0, dynamic_ncols=True, mininterval=2)
         with self.signals():
+            bar = tqdm(total=total, initial=self.done, desc=name, disable=self.rank != 0, dynamic_ncols=True, mininterval=2)
             while self.done < total:
                 yield self.done
                 self.done += 1

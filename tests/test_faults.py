@@ -28,7 +28,7 @@ import pretrain
 import train
 import validate
 from optim import Average, MuonAdamW
-from run import Run, check_folder, check_ranges, write_beside
+from run import Run, check_folder, check_ranges, command, write_beside
 from world import TRAITS
 
 ROOT = Path(train.__file__).resolve().parent
@@ -282,6 +282,21 @@ def test_the_same_command_in_two_processes_makes_the_same_bytes(tmp_path, name):
 
 
 # ------------------------------------------------------------ faults
+
+
+def test_a_signal_while_a_progress_bar_is_being_made_is_still_one_line(capfd):
+    """The bar is half-built then, and its `__del__` fails; Python would print that, with a traceback."""
+    class Half:
+        def __init__(self):
+            signal.raise_signal(signal.SIGTERM)
+            self.whole = True
+
+        def __del__(self):
+            self.whole.bit_length()  # AttributeError
+    hook = sys.unraisablehook
+    assert command("x.py", Half) == 143
+    assert capfd.readouterr().err == "x.py: stopped; the same command goes on\n"
+    assert sys.unraisablehook is hook
 
 
 @pytest.mark.parametrize("name", WRITERS)

@@ -26,6 +26,7 @@ Read next: plot.py
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import os
@@ -178,7 +179,8 @@ def command(name: str, work: Callable[[], object], stopped: str = "the same comm
         elif isinstance(error, RuntimeError):
             raise  # a mistake of ours, which needs its traceback
         told = "error: " + told + ("" if "; " in told else "; check that file and the free space")
-    print(f"{name}: {told}", file=sys.stderr)  # out here progress bars have been closed, and their lines ended
+    gc.collect()  # frees what the error kept alive, by now: progress bars are closed, and their lines ended
+    print(f"{name}: {told}", file=sys.stderr)
     sys.unraisablehook = hook
     return status
 

@@ -447,8 +447,8 @@ def print_plan(args: argparse.Namespace) -> None:
     plan.print_plan(args.checkpoint_path, args.gemma_root, order=args.order, **given)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0, 2 for what a user can mend, 130 and 143 after Ctrl-C and SIGTERM."""
+def work(arguments: list[str] | None = None) -> None:
+    """Read the command line, check everything, and do what was asked for."""
     start = time.perf_counter()
     parser = build_parser()
     args = parser.parse_args(arguments)
@@ -457,18 +457,21 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_flush_denormal(True)  # denormal numbers can slow a CPU convolution tenfold
     reasons = {"device": "asked for" if args.device != "auto" else "found", "seed": "noise drawn on the CPU",
                "dtype": "asked for" if args.dtype != "auto" else "the device's default"}
+    if args.plan:
+        return print_plan(args)
+    config, canvas = resolve(args)
+    for name, reason in reasons.items():
+        print(f"{name:8s}{getattr(args, name)} ({reason})")
+    if args.dry_run:
+        return print(*(f"  {name} = {value!r}" for name, value in settings(args).items()), sep="\n")
+    run(args, config, canvas)
+    print(f"output  {args.output_path} (.png and .json beside it)\nseconds {time.perf_counter() - start:.1f}")
 
-    def work() -> None:
-        if args.plan:
-            return print_plan(args)
-        config, canvas = resolve(args)
-        for name, reason in reasons.items():
-            print(f"{name:8s}{getattr(args, name)} ({reason})")
-        if args.dry_run:
-            return print(*(f"  {name} = {value!r}" for name, value in settings(args).items()), sep="\n")
-        run(args, config, canvas)
-        print(f"output  {args.output_path} (.png and .json beside it)\nseconds {time.perf_counter() - start:.1f}")
-    return command("sample.py", work, "no half-written file is left", "lower --width, --height or --num-frames")
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0, 2 for what a user can mend, 130 and 143 after Ctrl-C and SIGTERM."""
+    return command("sample.py", lambda: work(arguments), "no half-written file is left",
+                   "lower --width, --height or --num-frames")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ our reading: none. ST-DRC (arXiv 2606.02441) trains this model and does not chan
 
 Conventions. dtype None keeps the stored type. Names that nobody asked for are never read. A file of another kind is
 named in one line (`describe`, `stranger`); a pickle, which can run code, is never opened. JSON from outside goes through
-`parse_json`, which bounds its size and depth, here and in clips.py, text.py and lora.py.
+`parse_json`, which bounds its size and depth, here and in clips.py, cache.py, tokenizer.py and lora.py.
 
     config = TransformerConfig.from_checkpoint(read_metadata(path)["config"]["transformer"])
     with torch.device("meta"):                       # shapes only, no memory

@@ -251,7 +251,7 @@ def score(args: argparse.Namespace) -> bool:
     spent = max(line["seconds"] for line in plot.read_log(folder / "log.jsonl")) if training else 0.0
     write_json(task.result(args.folder), {
         "arguments": {"variant": task.variant, "seed": task.seed, "part": task.part, "scales": task.scales, **shared,
-                      "train.py": train_flags(task, args) if training else None},
+                      "train.py": [w.removeprefix(f"{HERE}/") for w in train_flags(task, args)] if training else None},
         "seconds": {"training": round(spent, 1), "scoring": round(time.time() - started, 1)},
         "scores": {name: number(value) for name, value in means.items()},
         "chance": {name: number(value) for name, value in chance.items()},

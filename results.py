@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import plot
@@ -31,6 +31,7 @@ FACTORS = ("action", "scene", "light", "shirt")
 LEAKS = ("leak_scene", "leak_light", "leak_shirt")
 COLUMNS = (("similarity", "top1", "look_alike", "found", "min_frame", "drift", "frechet"),
            (*FACTORS, *LEAKS, "pose", "position", "pixels", "flicker"))
+OVERVIEW = ("similarity", "top1", "look_alike", "action", "pose", "position", "pixels")
 SHARES = {"top1", "look_alike", "found", "prompt", *FACTORS, *LEAKS}  # printed in percent
 Records = dict[int, dict]  # seed -> record
 
@@ -116,6 +117,23 @@ def comparison(rows: dict[str, Records], base: Records, columns: Sequence[str]) 
     return markdown(["clips", "seeds", *(name.replace("_", " ") for name in columns)], out), tested, marked
 
 
+def overview(parts: dict[str, dict[str, Records]], base: Records) -> list[str]:
+    """Markdown, one row for each variant of every part: mean (difference to the default ± interval, bold as above)."""
+    def cells(records: Records) -> Iterator[str]:
+        both = [(records[seed], base[seed]) for seed in records if seed in base]
+        for name in OVERVIEW:
+            mean = text(name, [r["scores"].get(name) for r in records.values()])[0].split(" ±")[0].removesuffix(" %")
+            apart, bold = text(name, [difference(*pair, name) for pair in both], "+")
+            apart = f"{'**' * bold}{apart.removesuffix(' %')}{'**' * bold}"
+            yield f"{mean} ({apart})" if apart else mean
+    plain = [text(name, [r["scores"].get(name) for r in base.values()])[0].removesuffix(" %") for name in OVERVIEW]
+    rows = [["default", str(len(base)), *plain]]
+    rows += [[label.replace("_", " "), str(len(records)), *cells(records)]
+             for variants in parts.values() for label, records in variants.items() if records]
+    names = (name.replace("_", " ") + (", %" if name in SHARES else "") for name in OVERVIEW)
+    return markdown(["variant", "seeds", *names], rows)
+
+
 def report(parts: dict[str, dict[str, Records]], base: Records) -> list[str]:
     """part -> row -> records: what all runs share, two tables for each part, how many differences are bold."""
     if not base:
@@ -124,7 +142,8 @@ def report(parts: dict[str, dict[str, Records]], base: Records) -> list[str]:
     recipe = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in shared["recipe"].items())
     lines = [f"{shared['steps']} steps of {shared['batch']} clips, {shared['people']} validation people; "
              "mean ± 95 % interval over seeds; differences of shares in points, bold: the interval excludes 0.", "",
-             f"Default: {recipe}.", ""]
+             f"Default: {recipe}.", "", "## overview: mean (difference to the default)", "",
+             *overview(parts, base), ""]
     tested = marked = 0
     for part, rows in parts.items():
         for columns in COLUMNS:

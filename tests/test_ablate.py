@@ -234,6 +234,16 @@ def test_differences_are_paired_by_clip_and_by_seed_and_bold_when_the_interval_e
     assert lines[-1] == "| near - default | 1 | +0.100 |" and tested == 0, "one common seed: a number, no interval"
 
 
+def test_the_overview_has_a_row_for_each_variant_with_its_mean_and_its_paired_difference():
+    base = {seed: record([level]) for seed, level in enumerate((0.2, 0.5, 0.8))}
+    near = {seed: record([level + d]) for seed, (level, d) in enumerate(((0.2, 0.10), (0.5, 0.11), (0.8, 0.12)))}
+    lines = results.overview({"augment": {"near": near, "not_run": {}}, "guidance": {"else": {7: near[0]}}}, base)
+    rows = [[c.strip() for c in line.strip("|").split("|")][:3] for line in lines]
+    assert rows[0] == ["variant", "seeds", "similarity"] and "top1, %" in lines[0]
+    assert rows[2:] == [["default", "3", "0.500 ± 0.745"], ["near", "3", "0.610 (**+0.110 ± 0.025**)"],
+                        ["else", "1", "0.300"]]
+
+
 def test_shares_are_percent_and_flicker_has_a_fourth_digit():
     assert results.text("top1", [0.5, 0.5])[0] == "50.0 ± 0.0 %"
     assert results.text("flicker", [0.0123])[0] == "0.0123" and results.text("drift", [-0.0123], "+")[0] == "-0.012"

@@ -9,11 +9,14 @@ import ast
 import re
 import runpy
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
 import exercises
 import pytest
+
+import ablate
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "exercises.md") if (ROOT / name).exists()}
@@ -142,3 +145,12 @@ def test_every_change_of_the_exercises_can_be_made_and_leaves_python():
     broken = known[0]._replace(before="not in the file")
     with pytest.raises(ValueError, match="once in rope.py, got 0 times"):
         exercises.change((ROOT / "rope.py").read_text(encoding="utf-8"), broken)
+
+
+def test_the_table_of_ablations_is_what_the_records_beside_it_give(tmp_path, capsys):
+    shipped = ROOT / "examples" / "ablate"
+    shutil.copytree(shipped, tmp_path / "ablate")
+    assert ablate.main(["table", "--folder", str(tmp_path / "ablate")]) == 0
+    assert (tmp_path / "ablate" / "table.md").read_text() == (shipped / "table.md").read_text()
+    rows = (shipped / "table.md").read_text().split("## overview")[1].split("\n\n")[1].splitlines()
+    assert len(rows) > 12 and all(row in README.splitlines() for row in rows)

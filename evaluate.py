@@ -18,6 +18,7 @@ paper:        no score and no number of it is known to us (ST-DRC, arXiv 2606.02
 our reading:  all scores, rows and levels of chance.
 
     python evaluate.py                                  the tables of the README, evaluate.json and evaluate.png
+    python evaluate.py --tables evaluate.json           the same tables again, from the file alone
     python evaluate.py --videos FOLDER --ref face.jpg --face arcface.safetensors        your own videos, see score_folder
 
 Read next: ablate.py
@@ -50,7 +51,7 @@ from frames import Bucket, Crop, decode, probe
 from guidance import ORDERS
 from model import TRANSFORMER_PREFIX, TransformerConfig, VideoTransformer, ltx_sigmas
 from reference import encode_reference
-from results import COLUMNS, LEAKS, SHARES
+from results import COLUMNS, LEAKS, SHARES, number, read_json
 from run import Parser, check_folder, check_ranges, command, load_state, save_state, seeded, write_beside
 from text import TextEncoder
 from vae import VideoVAE, psnr
@@ -168,7 +169,7 @@ def score_row(video: Tensor, data: dict, judge: FaceNet, head: scores.HeadReader
     mean |= {name: (value, None) for name, (value, _) in leaks.items()}
     mean["frechet"] = scores.frechet(scores.embed_clips(judge, video).flatten(0, 1), real), None
     return {"scores": mean, "leaks_by_chance": {name: level for name, (_, level) in leaks.items()},
-            "per_clip": {name: values.tolist() for name, values in each.items()}}
+            "per_clip": {name: [number(value) for value in values.tolist()] for name, values in each.items()}}
 
 
 def chance_row(video: Tensor, data: dict, judge: FaceNet, head: scores.HeadReader, leaks: dict[str, float]) -> dict:
@@ -245,17 +246,29 @@ def score_world(args: argparse.Namespace) -> None:
     made = clips[own][0] / 127.5 - 1
     rows["chance"] = chance_row(made, side[own], judge, head, rows[own]["leaks_by_chance"])
     dB = psnr(clips["through the VAE"][0] / 127.5 - 1, true / 127.5 - 1).mean().item()
-    record = {"rows": rows, "vae_psnr": dB, "seconds": round(time.time() - started, 1),
-              "arguments": {k: str(v) for k, v in vars(args).items()}}
+    arguments = {k: str(v.relative_to(HERE) if isinstance(v, Path) and v.is_relative_to(HERE) else v)
+                 for k, v in vars(args).items() if k != "tables"}
+    record = {"rows": rows, "vae_psnr": dB, "seconds": round(time.time() - started, 1), "arguments": arguments}
     people = [[picture, *clip[:, picks(clip.shape[1])[::2]].transpose(0, 1)] for picture, clip in
               zip(data["references"][side[own]["who"]], made, strict=True)][::args.prompts][:32]
     across = min(4, len(people))  # people in a row of the sheet; what fills no row is left out
     starts = range(0, len(people) - across + 1, across)
     save_sheet(output.with_suffix(".png"), [sum(people[i:i + across], []) for i in starts])
     write_json(output, record)
-    print(f"VAE {dB:.2f} dB on {len(who)} unseen clips; {args.people} people of {args.split} x {args.prompts} prompts, "
-          f"text scale {args.text_scale}, reference scale {args.ref_scale}, {args.order}, seed {args.seed}\n\n"
-          f"{tables(rows, IDENTITY, PROMPT)}\n\n{record['seconds']:.0f} s; clips in {folder}; wrote {output} and .png")
+    print(f"{report(record)}\n\n{record['seconds']:.0f} s; clips in {folder}; wrote {output} and .png")
+
+
+def report(record: dict) -> str:
+    """What was scored, and its two tables, from a record as `score_world` writes it. Raises ValueError for another."""
+    a, named = record.get("arguments", {}), ("split", "people", "prompts", "text_scale", "ref_scale", "guide_range",
+                                             "guide_every", "order", "seed")
+    missing = [name for name in ("rows", "vae_psnr") if name not in record] + [name for name in named if name not in a]
+    if missing:
+        raise ValueError(f"expected a record of evaluate.py, got one without {', '.join(missing)}; give an evaluate.json")
+    return (f"VAE {record['vae_psnr']:.2f} dB on {int(a['people']) * int(a['prompts'])} unseen clips; {a['people']} people "
+            f"of {a['split']} x {a['prompts']} prompts, text scale {a['text_scale']}, reference scale {a['ref_scale']}, "
+            f"guidance in {a['guide_range']}, every {a['guide_every']}, {a['order']}, seed {a['seed']}\n\n"
+            f"{tables(record['rows'], IDENTITY, PROMPT)}")
 
 
 @torch.no_grad()
@@ -337,6 +350,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     p.add_argument("--folder", type=Path, default=Path("runs") / "evaluate", help="keeps finished rows of clips")
     p.add_argument("--output-path", type=Path, help="default: evaluate.json (and .png), evaluate_videos.json")
+    p.add_argument("--tables", type=Path, metavar="JSON", help="only print the tables of an evaluation that is done")
     p.add_argument("--videos", type=Path, metavar="FOLDER", help="score own videos instead")
     p.add_argument("--ref", type=Path, help="own videos: picture of the person")
     p.add_argument("--face", type=Path, help="own videos: ArcFace weights (safetensors, see face.py)")
@@ -346,6 +360,8 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
 
 def main(words: list[str] | None = None) -> int:
     args = parse_arguments(words)
+    if args.tables:
+        return command("evaluate.py", lambda: print(report(read_json(args.tables))))
     return command("evaluate.py", lambda: score_folder(args) if args.videos else score_world(args))
 
 

@@ -105,9 +105,11 @@ TINY_GEMMA = GemmaConfig(vocab_size=512, hidden_size=96, intermediate_size=192, 
                          sliding_window=64)
 EXAMPLES = {"ada": 7, "ben": 15, "cleo": 18, "dan": 13}  # name -> row of the test split
 # What sample.py uses when a flag is not given; a checkpoint without this entry gets LTX-2.3's official numbers. The two
-# scales were chosen on the validation split (python evaluate.py --split val --text-scale ... --ref-scale ...).
+# scales were chosen on the validation split (python evaluate.py --split val --text-scale ... --ref-scale ...), and so was
+# the saving of calls: all streams in every second step and one in the last, 1.93 calls a step (tests/fewer_calls.py).
 TINY_INFERENCE = {"width": SIZE, "height": SIZE, "num_frames": FRAMES, "frame_rate": FRAME_RATE, "steps": 15,
-                  "text_scale": 2.0, "ref_scale": 2.5, "rescale": 0.0, "schedule_tokens": GRID[0] * GRID[1] * GRID[2]}
+                  "text_scale": 2.0, "ref_scale": 2.5, "rescale": 0.0, "guide_range": [0.2, 1.0], "guide_every": 2,
+                  "schedule_tokens": GRID[0] * GRID[1] * GRID[2]}
 
 
 # --------------------------------------------------------------------------------------------------------- data: render
@@ -643,7 +645,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = Parser("pretrain.py", description=__doc__.split("\n")[0],
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("stage", choices=["render", "vae", "encode", "base", "face", "judge", "export", "head"])
-    parser.add_argument("--steps", type=int, help="default: vae 3800, base 1000, face 600, judge 450, head 1600")
+    parser.add_argument("--steps", type=int, help="default: vae 9600, base 4000, face 600, judge 450, head 1600")
     parser.add_argument("--batch", type=int, help="per worker; default: vae and base 8, others 64")
     parser.add_argument("--minutes", type=float, default=1e9, help="stop (and save) after this time; run again to go on")
     parser.add_argument("--clips", type=int, default=CLIPS)
@@ -652,7 +654,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(words)
     check_ranges(args, {"steps": (1, 1e9), "batch": (2, 4096), "minutes": (0, 1e9), "clips": (1, 1e7),
                         "seed": (0, 2**62)})
-    defaults = {"vae": (3800, 8), "base": (1000, 8), "face": (600, 64), "judge": (450, 64), "head": (1600, 64)}
+    defaults = {"vae": (9600, 8), "base": (4000, 8), "face": (600, 64), "judge": (450, 64), "head": (1600, 64)}
     defaults = defaults.get(args.stage, (0, 0))
     args.steps = defaults[0] if args.steps is None else args.steps
     args.batch = defaults[1] if args.batch is None else args.batch

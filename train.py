@@ -89,7 +89,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--drop-ref", type=float, default=0.10, help="share of samples without reference")
     add("--drop-both", type=float, default=0.05, help="share without reference and without text")
     add("--drop-text", type=float, default=0.05, help="share without text")
-    # our reading: 1 = the ranges in augment.py's header. The bundled run took 0.3, 0.5, 0.5: the world's people are told
+    # our reading: 1 = the ranges in augment.py's header. The bundled run took 0.3, 0.5, 0.25: the world's people are told
     # apart by skin and hair colour, and their references already come from another moment.
     add("--augment-color", type=float, default=1.0)
     add("--augment-pose", type=float, default=1.0)

@@ -96,7 +96,8 @@ def sample_clips(clips: WorldClips | RealClips, indices: list[int], config: dict
         latent = denoise(model, batch.context.to(device), clips.null_context[None].to(device), tokens, batch.grid,
                          batch.frame_rate, (vae.time_scale, vae.space_scale),
                          ltx_sigmas(defaults["steps"], defaults["schedule_tokens"]), noise, defaults["text_scale"],
-                         defaults["ref_scale"], placement=placement)
+                         defaults["ref_scale"], placement=placement, guide_range=defaults["guide_range"],
+                         guide_every=defaults["guide_every"])
         videos = [vae.decode(z[None])[0].float().cpu() for z in latent]                   # (3, F, h, w) each
     return [[picture, *(video[:, t] for t in picks(video.shape[1]))] for picture, video in
             zip(batch.reference, videos, strict=True)]

@@ -2,10 +2,12 @@
 
 Every option generates the same clips (256 people, one prompt each, same noise) as three streams in every step do, so
 each score is compared clip by clip: the interval (95 %) is that of the difference. `pose`, `position`, `pixels` and
-`frechet` belong to the whole set and have none. A difference whose interval excludes 0 is bold. Finished options are
-kept under FOLDER, one JSON each; the same command goes on.
+`frechet` belong to the whole set and have none. A difference whose interval excludes 0 is bold; those of shares are in
+percentage points. Finished options are kept under FOLDER, one JSON each: the same command goes on, and with all of them
+there it only prints the tables.
 
     python tests/fewer_calls.py FOLDER [--split val] [--people 256]           about three minutes an option on two cores
+    python tests/fewer_calls.py examples/fewer_calls                          the README's, from its records
 """
 
 import json
@@ -25,6 +27,7 @@ from denoise import forwards, guidance_steps  # noqa: E402
 from evaluate import cell  # noqa: E402
 from model import ltx_sigmas  # noqa: E402
 from results import COLUMNS, SHARES, markdown  # noqa: E402
+from run import write_beside  # noqa: E402
 
 STREAMS = 3
 OPTIONS = {  # name -> (guide_range, guide_every)
@@ -38,6 +41,7 @@ OPTIONS = {  # name -> (guide_range, guide_every)
     "sigma 0.9 and below": ((0.0, 0.9), 1),
     "sigma 0.5 and above, every 2nd step": ((0.5, 1.0), 2),
     "sigma 0.3 and above, every 2nd step": ((0.3, 1.0), 2),
+    "sigma 0.2 and above, every 2nd step": ((0.2, 1.0), 2),
     "one stream": ((0.0, 0.0), 1),  # no step begins at 0
 }
 
@@ -47,9 +51,14 @@ def measure(name: str, folder: Path, words: list[str]) -> dict:
     path = folder / f"{name.replace(' ', '_').replace(',', '')}.json"
     if not path.exists():
         (low, high), every = OPTIONS[name]
+        whole = folder / "clips" / path.name
+        whole.parent.mkdir(parents=True, exist_ok=True)
         subprocess.run([sys.executable, str(ROOT / "evaluate.py"), "--rows", "own reference", "--guide-range", str(low),
-                        str(high), "--guide-every", str(every), "--folder", str(folder / "clips"), "--output-path",
-                        str(path), *words], check=True, stdout=subprocess.DEVNULL)  # fmt: skip
+                        str(high), "--guide-every", str(every), "--folder", str(whole.parent), "--output-path", str(whole),
+                        *words], check=True, stdout=subprocess.DEVNULL)  # fmt: skip
+        record = json.loads(whole.read_text())
+        record["rows"] = {"own reference": record["rows"]["own reference"]}
+        write_beside(path, lambda beside: beside.write_text(json.dumps(record) + "\n"))
     return json.loads(path.read_text())
 
 
@@ -60,16 +69,16 @@ def difference(name: str, record: dict, base: dict) -> str:
         mean, half = scores.summarise(next(pair) - next(pair))
     else:
         mean, half = mine["scores"][name][0] - other["scores"][name][0], None
-    text = cell(name, mean, half).replace(" %", "") + (" points" if name in SHARES else "")
+    factor, digits = (100, 1) if name in SHARES else (1, 5 if name == "flicker" else 4)
+    text = f"{factor * mean:+.{digits}f}" + ("" if half is None else f" ± {factor * half:.{digits}f}")
     return f"**{text}**" if half is not None and abs(mean) > half else text
 
 
 def main() -> int:
     folder, words = Path(sys.argv[1]), sys.argv[2:]
-    folder.mkdir(parents=True, exist_ok=True)
     records = {name: measure(name, folder, words) for name in tqdm(OPTIONS, desc="options", unit="option")}
     base = records["all streams in every step"]
-    config = read_metadata(base["arguments"]["checkpoint_path"])["config"]["inference"]
+    config = read_metadata(ROOT / base["arguments"]["checkpoint_path"])["config"]["inference"]
     sigmas = ltx_sigmas(config["steps"], config["schedule_tokens"])
     for group in COLUMNS:
         rows = []

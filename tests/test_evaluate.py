@@ -206,6 +206,19 @@ def test_a_second_run_takes_the_clips_from_the_folder_and_ends_at_the_same_score
     assert json.loads((folder / "e.json").read_text())["rows"] == before
 
 
+def test_the_tables_come_again_from_the_file_alone_and_bad_files_are_one_line(evaluated, monkeypatch, capsys, tmp_path):
+    words, folder = evaluated
+    _, first, _ = run(monkeypatch, capsys, *words)
+    status, out, _ = run(monkeypatch, capsys, "--tables", folder / "e.json")
+    assert status == 0 and "| own reference |" in out and first.startswith(out.rstrip("\n"))
+    assert str(Path(__file__).parent.parent) not in (folder / "e.json").read_text(), "paths of this machine stay out"
+    (tmp_path / "other.json").write_text('{"rows": {}}')
+    refused(monkeypatch, capsys, ["--tables", tmp_path / "other.json"], "got one without vae_psnr, split,")
+    (tmp_path / "broken.json").write_text("{")
+    refused(monkeypatch, capsys, ["--tables", tmp_path / "broken.json"], "expected a JSON object")
+    refused(monkeypatch, capsys, ["--tables", tmp_path / "none.json"], "none.json")
+
+
 # ------------------------------------------------------------ own videos
 
 

@@ -343,7 +343,7 @@ def test_float8_halves_the_bytes_of_the_real_model():
 
 @torch.no_grad()
 def test_float8_moves_the_velocity_of_the_bundled_model_by_less_than_eight_percent():
-    """Relative root-mean-square over all tokens; measured 0.052 to 0.057."""
+    """Relative root-mean-square over all tokens; measured 0.053 to 0.067."""
     sizes = TransformerConfig.from_checkpoint(read_metadata(BUNDLED)["config"]["transformer"])
     exact = streamed(BUNDLED, sizes, "none", dtype=torch.float32)
     cast = streamed(BUNDLED, sizes, "none", fp8=True, dtype=torch.float32)

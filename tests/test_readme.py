@@ -154,3 +154,12 @@ def test_the_table_of_ablations_is_what_the_records_beside_it_give(tmp_path, cap
     assert (tmp_path / "ablate" / "table.md").read_text() == (shipped / "table.md").read_text()
     rows = (shipped / "table.md").read_text().split("## overview")[1].split("\n\n")[1].splitlines()
     assert len(rows) > 12 and all(row in README.splitlines() for row in rows)
+
+
+@pytest.mark.parametrize(("script", "words"), [("evaluate.py", ["--tables", "examples/evaluate.json"]),
+                                               ("tests/fewer_calls.py", ["examples/fewer_calls"])])  # fmt: skip
+def test_the_tables_of_scores_are_what_the_records_give(script, words, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert run(script, words, monkeypatch) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert len(rows) > 12 and all(row in README.splitlines() for row in rows)

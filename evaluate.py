@@ -207,6 +207,12 @@ def write_json(path: Path, record: dict) -> None:
     write_beside(path, lambda p: p.write_text(json.dumps(standard) + "\n"))
 
 
+def arguments_of(args: argparse.Namespace) -> dict[str, str]:
+    """For a record. Files of this repository are named from its top, so that a record tells nothing of a machine."""
+    return {k: str(v.relative_to(HERE) if isinstance(v, Path) and v.is_relative_to(HERE) else v)
+            for k, v in vars(args).items()}
+
+
 def check_numbers(args: argparse.Namespace) -> None:
     """Raise ValueError for a number that cannot be meant, and for more clips than fit into memory."""
     check_ranges(args, {"people": (2, 1e6), "prompts": (1, 1e6), "num_inference_steps": (1, 10_000), "text_scale": (0, 1000),
@@ -246,9 +252,7 @@ def score_world(args: argparse.Namespace) -> None:
     made = clips[own][0] / 127.5 - 1
     rows["chance"] = chance_row(made, side[own], judge, head, rows[own]["leaks_by_chance"])
     dB = psnr(clips["through the VAE"][0] / 127.5 - 1, true / 127.5 - 1).mean().item()
-    arguments = {k: str(v.relative_to(HERE) if isinstance(v, Path) and v.is_relative_to(HERE) else v)
-                 for k, v in vars(args).items() if k != "tables"}
-    record = {"rows": rows, "vae_psnr": dB, "seconds": round(time.time() - started, 1), "arguments": arguments}
+    record = {"rows": rows, "vae_psnr": dB, "seconds": round(time.time() - started, 1), "arguments": arguments_of(args)}
     people = [[picture, *clip[:, picks(clip.shape[1])[::2]].transpose(0, 1)] for picture, clip in
               zip(data["references"][side[own]["who"]], made, strict=True)][::args.prompts][:32]
     across = min(4, len(people))  # people in a row of the sheet; what fills no row is left out
@@ -326,7 +330,7 @@ def score_folder(args: argparse.Namespace) -> None:
     rows["mean"] = {"scores": {name: scores.summarise(torch.tensor([row["scores"][name][0] for row in rows.values()]))
                                for name in OWN_SCORES}}
     output, told = args.output_path or Path("evaluate_videos.json"), NOT_OFFLINE.format(reference.shape[1])
-    write_json(output, {"rows": rows, "not_computed": told, "arguments": {k: str(v) for k, v in vars(args).items()}})
+    write_json(output, {"rows": rows, "not_computed": told, "arguments": arguments_of(args)})
     print(f"{tables(rows, OWN_SCORES)}\nwrote {output}\n{told}")
 
 

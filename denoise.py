@@ -11,7 +11,7 @@ paper:       reference tokens beside the video tokens; three streams; the refere
 LTX-2.3:     Euler steps on the clean estimate x0 = x - sigma * v, in float32.
 our reading: `guide_range` and `guide_every`, which save calls. Three streams cost three calls of the model in every
              step, the paper says nothing of cheaper ones. Outside the range one stream is run, with every condition
-             whose scale is not 0; between fresh steps the arrows between streams are kept (guidance.keep_arrows).
+             whose scale is not 0; between fresh steps the arrows between streams are kept (guidance.cached_deltas).
 
 Conventions. Sigma 1 = noise, 0 = data. Scales: 1 = not amplified, 0 = see guidance.py; rescale and stg_scale 0 = off.
 guide_range (0, 1) and guide_every 1 = every stream in every step.
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from guidance import BOTH, NULL, REF, TEXT, guide, keep_arrows, stream_weights
+from guidance import BOTH, NULL, REF, TEXT, cached_deltas, guide, stream_weights
 from losses import clean_estimate
 from model import euler_step
 from reference import append_reference, drop_reference, unpatchify
@@ -110,7 +110,7 @@ def denoise(transformer: nn.Module, context: Tensor, null_context: Tensor, refer
         if what[i] == "one":  # the conditions stay, only their amplification goes
             x0 = predict(text_scale != 0, ref_scale != 0)                                 # (B, L, C)
         else:
-            run = predict if guide_every == 1 else keep_arrows(predict, kept, fresh=what[i] == "all")
+            run = predict if guide_every == 1 else cached_deltas(predict, kept, fresh=what[i] == "all")
             x0 = guide(run, text_scale, ref_scale, order, rescale, stg_scale, perturb)    # (B, L, C)
         if not x0.isfinite().all():
             raise ValueError(f"expected finite latents, got NaN or infinity at step {i + 1} of {steps}; "

@@ -127,7 +127,7 @@ def guide(
     return guided
 
 
-def keep_arrows(predict: Callable[[bool, bool], Tensor], kept: dict, fresh: bool) -> Callable[[bool, bool], Tensor]:
+def cached_deltas(predict: Callable[[bool, bool], Tensor], kept: dict, fresh: bool) -> Callable[[bool, bool], Tensor]:
     """A `predict` for `guide` that saves calls: only the first stream asked for is run, others follow it at a distance.
 
     our reading: the paper knows nothing of it. What a condition changes varies less from step to step than the picture

@@ -568,7 +568,7 @@ def draw(steps: int = 30, shown: Sequence[int] = (0, 25, 29), few: int = 8) -> I
     shown: which evaluations of the run of `steps` to show tokens for, 0 = pure noise. The sequence is a 2x3x4 video
     and its reference, 16 channels, smooth made-up values. Returns an RGB picture, 1440 pixels wide.
     """
-    from plot import chart
+    from training.plot import chart
 
     schedules = {f"{steps} steps": ltx_sigmas(steps), f"{few} steps": ltx_sigmas(few),
                  "distilled, 8 steps": torch.tensor(DISTILLED_SIGMAS)}  # fmt: skip

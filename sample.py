@@ -36,20 +36,21 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-import plan
-from checkpoint import check_weights, load_weights, read_metadata, shapes_from
+from clips.frames import open_picture
+from clips.video import write_outputs
+from common.cli import Parser, check_ranges, command
+from common.files import temp_path
 from denoise import INFERENCE, STREAM_NAMES, denoise, guidance_steps
-from frames import open_picture
 from guidance import ORDERS, stream_weights
-from lora import load_lora, lora_changes, read_lora
-from memory import OFFLOADS, cast_linears, load_streamed
+from ltx import plan
+from ltx.checkpoint import check_weights, load_weights, read_metadata, shapes_from
+from ltx.lora import load_lora, lora_changes, read_lora
+from ltx.offload import OFFLOADS, cast_linears, load_streamed
+from ltx.text import check_text, encode_once
+from ltx.vae import Tiling, VideoVAE, psnr
 from model import DISTILLED_SIGMAS, TRANSFORMER_PREFIX, TransformerConfig, VideoTransformer, ltx_sigmas
 from reference import encode_reference, letterbox, unpatchify
 from rope import PLACEMENTS, reference_grid
-from run import Parser, check_ranges, command
-from text import check_text, encode_once
-from vae import Tiling, VideoVAE, psnr
-from video import beside, write_outputs
 
 TINY = Path(__file__).resolve().parent / "weights" / "tiny"
 VAE_PREFIX = "vae."  # LTX-2.3: names in the file
@@ -293,8 +294,8 @@ def check_paths(args: argparse.Namespace) -> None:
             raise ValueError(f"expected {target} to be free for the output, got a folder or the reference itself; "
                              "change --output-path")
     try:  # permission bits alone miss read-only disks, full ones, and names that are too long
-        beside(out).touch()
-        beside(out).unlink()
+        temp_path(out).touch()
+        temp_path(out).unlink()
     except OSError as error:
         raise ValueError(f"expected a writable folder, got {out.parent} ({error.strerror}); change --output-path") from error
     for name in ("config.json", "tokenizer.json"):

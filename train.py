@@ -41,22 +41,42 @@ from torch import Generator, Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from augment import AugmentStrength, augment_reference
-from cache import load_vae
-from checkpoint import check_weights, read_metadata, save_changed, shapes_from
-from dataset import Batch, Order, PerClip, RealClips, WorldClips, add_data_arguments, check_batch, open_data, share
-from face import FaceNet, faces_of, load_facenet, usable_landmarks
-from lora import add_lora, save_lora
+from clips.cache import load_vae
+from clips.dataset import (
+    Batch,
+    Order,
+    PerClip,
+    RealClips,
+    WorldClips,
+    add_data_arguments,
+    check_batch,
+    open_data,
+    shard_indices,
+)
+from clips.face import FaceNet, faces_of, load_facenet, usable_landmarks
+from common.cli import Parser, check_folder, check_ranges, command
 from losses import IDENTITY_MAX_SIGMA, clean_estimate, face_weighted_loss, flow_matching_loss, identity_loss, total_loss
-from memory import load_by_block
+from ltx.checkpoint import check_weights, read_metadata, save_changed, shapes_from
+from ltx.lora import add_lora, save_lora
+from ltx.offload import load_by_block
+from ltx.text import check_text
+from ltx.vae import VideoVAE
 from model import TRANSFORMER_PREFIX, TransformerConfig, VideoTransformer, training_sigmas
-from optim import KEEP_FROM_MUON, Average, MuonAdamW, schedule, split_parameters
 from reference import append_reference, drop_reference, encode_reference, unpatchify
 from rope import PLACEMENTS, grid_to_positions, reference_grid, source_phase, video_grid
-from run import Parser, Run, check_finite, check_folder, check_ranges, command, seeded
-from text import check_text
-from vae import VideoVAE
-from validate import draw_curves, sample_clips, validate
-from workers import average_gradients, can_shard, device_name, settle_thread, shard, start_workers, sum_all, whole
+from training.optim import EMA, KEEP_FROM_MUON, MuonAdamW, schedule, split_parameters
+from training.run import Run, check_finite, seeded
+from training.validate import draw_curves, sample_clips, validate
+from training.workers import (
+    all_reduce,
+    average_gradients,
+    can_shard,
+    device_name,
+    full_tensor,
+    settle_thread,
+    shard,
+    start_workers,
+)
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
@@ -277,11 +297,11 @@ def applies(batch: Batch, draws: Draws) -> Tensor:
 def save_result(args: argparse.Namespace, run: Run, model: VideoTransformer) -> Path:
     """Averaged weights -> a LoRA file, or a whole checkpoint that sample.py loads as it is. All processes take part."""
     metadata = {"reference_placement": args.placement, "training_steps": str(run.done)}
-    with run.averaged():
+    with run.ema_weights():
         if not args.full:
-            save_lora(args.out / "lora.safetensors", model, metadata, torch.bfloat16, whole, write=run.rank == 0)
+            save_lora(args.out / "lora.safetensors", model, metadata, torch.bfloat16, full_tensor, write=run.rank == 0)
             return args.out / "lora.safetensors"
-        trained = {TRANSFORMER_PREFIX + k: whole(p.detach()).cpu().bfloat16() for k, p in model.named_parameters()}
+        trained = {TRANSFORMER_PREFIX + k: full_tensor(p.detach()).cpu().bfloat16() for k, p in model.named_parameters()}
     if run.rank == 0:
         save_changed(args.out / "model.safetensors", args.checkpoint, trained, metadata)
     return args.out / "model.safetensors"
@@ -295,14 +315,14 @@ def begin(args: argparse.Namespace, model: VideoTransformer, data: WorldClips | 
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in free}
     settings["clips_per_step"] = args.batch * args.accumulate * world_size  # shared out as one likes
     settings["clips"] = data.fingerprint()
-    return Run(args.out, named, make_optimizer(args, named), Average(named, args.average), settings, args.keep)
+    return Run(args.out, named, make_optimizer(args, named), EMA(named, args.average), settings, args.keep)
 
 
 def descend(args: argparse.Namespace, batch: Batch, draws: Draws, compute: Callable, device: str,
             world_size: int) -> tuple[list[float], Tensor]:
     """Gradients of one step, --batch clips at a time. Returns the three losses as means over everybody that has them,
     and how many that are, (3,)."""
-    counts, terms = sum_all(applies(batch, draws)), torch.zeros(3)
+    counts, terms = all_reduce(applies(batch, draws)), torch.zeros(3)
     for a in range(0, len(batch), args.batch):
         part, drawn = batch.part(a, a + args.batch), draws.part(a, a + args.batch)
         weights = applies(part, drawn) / counts.clamp(min=1)  # this part's share in the mean over everybody
@@ -311,7 +331,7 @@ def descend(args: argparse.Namespace, batch: Batch, draws: Draws, compute: Calla
         fm, face, identity = found * weights.to(device) * world_size
         total_loss(fm, face, identity, args.w_face, args.w_id).backward()
         terms += found.detach().cpu() * weights
-    return sum_all(terms).tolist(), counts
+    return all_reduce(terms).tolist(), counts
 
 
 def held_out_losses(args: argparse.Namespace, compute: Callable, device: str) -> Callable:
@@ -348,7 +368,7 @@ def train(args: argparse.Namespace) -> None:
 
     def read(step: int) -> tuple[list[int], Batch, Draws]:
         everyone = order(step)
-        mine = share(everyone, rank, world_size, args.batch)
+        mine = shard_indices(everyone, rank, world_size, args.batch)
         generators = [seeded(args.seed, step, place) for place, _ in mine]
         batch = data.batch([i for _, i in mine], generators)
         check_batch(step, batch, data)
@@ -361,13 +381,13 @@ def train(args: argparse.Namespace) -> None:
         ready = ahead.submit(read, step + 1)
         (fm, face, identity), counts = descend(args, batch, draws, compute, device, world_size)
         average_gradients(run.optimizer.parameters(), world_size)
-        norm = whole(nn.utils.clip_grad_norm_(run.optimizer.parameters(), args.clip)).item()
+        norm = full_tensor(nn.utils.clip_grad_norm_(run.optimizer.parameters(), args.clip)).item()
         check_finite(step, {"flow matching": fm, "the face-weighted loss": face, "the identity loss": identity,
                             "the gradient": norm}, data.names(everyone))
         factor = schedule(step, args.steps, args.warmup, args.decay, args.final_lr)
         run.optimizer.step(factor)
         model.zero_grad(set_to_none=True)
-        run.average.update(run.model, step)
+        run.ema.update(run.model, step)
         shares = (counts[1:] / counts[0]).tolist()  # where a face is missing, its losses are left out, and here it shows
         run.record(loss=fm + args.w_face * face + args.w_id * identity, fm=fm, face=face, id=identity,
                    lr=factor * run.optimizer.lr_other, gradient=norm, with_face=shares[0], with_id=shares[1])

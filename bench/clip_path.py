@@ -6,7 +6,7 @@ command with two functions replaced by the renderer, `cache.load_clip` (the clip
 becomes a reference), so it never sees a codec. Both are validated on the same clips, which come from the renderer. If both
 reach the same validation loss, within what another seed changes, the path is sound.
 
-    python tests/clip_path.py FOLDER [--steps 600 --every 50]
+    python -m bench.clip_path FOLDER [--steps 600 --every 50]
 
 writes FOLDER/train, FOLDER/validation (clips), FOLDER/files, FOLDER/direct, FOLDER/files-seed-1 (runs of train.py) and
 FOLDER/curves.png, and prints the two losses of all three. Every run resumes.
@@ -27,16 +27,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
+ROOT = Path(__file__).resolve().parents[1]
 
-from clip_world import SIZE, plan_clips, render_at, stored_time, write_clips  # noqa: E402
-
-import cache  # noqa: E402
-import clips  # noqa: E402
-import frames  # noqa: E402
-import plot  # noqa: E402
-import train  # noqa: E402
+import train
+from bench.clip_world import SIZE, plan_clips, render_at, stored_time, write_clips
+from clips import (
+    cache,
+    frames,
+)
+from clips import manifest as clips
+from training import plot
 
 SETS = {"train": (24, 72, 0), "validation": (24, 24, 1)}  # people, clips, seed
 

@@ -7,7 +7,7 @@ codecs, four containers, sound, a sideways one), and the same moments are kept b
 saw a codec. A training through the files and a training on the numbers must then agree; if the decoder slips by one
 frame, they do not, and neither do the tests.
 
-    python tests/clip_world.py FOLDER [--people 24 --clips 72 --seed 0]
+    python -m bench.clip_world FOLDER [--people 24 --clips 72 --seed 0]
 
 writes FOLDER/manifest.jsonl, FOLDER/clips/ (videos and faces files) and FOLDER/direct.safetensors: for each row number
 n that is meant to be used "n.video" (9, 64, 64, 3) uint8, rendered at 64x64, 8 frames per second, and "n.boxes" (9, 4),
@@ -41,11 +41,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import world  # noqa: E402
-from checkpoint import write_file  # noqa: E402
-from face import template  # noqa: E402
+from clips.face import template
+from ltx.checkpoint import write_file
+from toy import world
 
 SIZE, FRAMES, RATE = 64, 9, 8                  # what training reads: the bucket 64x64x9 at 8 frames per second
 STEPS = 30_000                                 # of a second: every rate below has its frames on whole steps
@@ -299,7 +297,7 @@ def _nothing(path, pictures):
     """The file is not written."""
 
 
-# file, how it is made, the reason that `python clips.py check` must give
+# file, how it is made, the reason that `python -m clips.manifest check` must give
 BROKEN: list[tuple[str, Callable[[Path, np.ndarray], None], str]] = [
     ("clips/cut-off.mp4", _cut_off, "cut off"),
     ("clips/half-copied.mp4", _half_copied, "cannot be decoded"),

@@ -4,8 +4,8 @@ An exercise in exercises.md is a heading with a number, a ```diff block (one fil
 and one command in a ``` block. Commands that evaluate are measured by their JSON; of the others (demos) the lines that
 the change altered are shown. The bundled model, CPU; an evaluation takes about a quarter of a minute on two cores.
 
-    python tests/exercises.py            all, and the table for exercises.md
-    python tests/exercises.py 1 4        these
+    python -m bench.exercises            all, and the table for exercises.md
+    python -m bench.exercises 1 4        these
 """
 
 import json
@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 SCORES = ("similarity", "top1", "action", "scene", "pixels", "flicker")
 SHARES = ("top1", "action", "scene")
 
@@ -66,7 +66,7 @@ def run(exercise: Exercise | None, command: str, folder: Path) -> tuple[dict, li
     done = subprocess.run([sys.executable, *words[1:]], cwd=folder, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{command}: {done.stderr.strip().splitlines()[-1]}")
-    rows = json.loads((folder / "evaluate.json").read_text())["rows"] if words[1] == "evaluate.py" else {}
+    rows = json.loads((folder / "evaluate.json").read_text())["rows"] if words[1] == "study.evaluate" else {}
     return rows.get("own reference", {}).get("scores", {}), done.stdout.splitlines()
 
 

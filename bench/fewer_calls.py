@@ -6,8 +6,8 @@ each score is compared clip by clip: the interval (95 %) is that of the differen
 percentage points. Finished options are kept under FOLDER, one JSON each: the same command goes on, and with all of them
 there it only prints the tables.
 
-    python tests/fewer_calls.py FOLDER [--split val] [--people 256]           about three minutes an option on two cores
-    python tests/fewer_calls.py examples/fewer_calls                          the README's, from its records
+    python -m bench.fewer_calls FOLDER [--split val] [--people 256]           about three minutes an option on two cores
+    python -m bench.fewer_calls examples/fewer_calls                          the README's, from its records
 """
 
 import json
@@ -18,16 +18,15 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+ROOT = Path(__file__).resolve().parents[1]
 
-import scores  # noqa: E402
-from checkpoint import read_metadata  # noqa: E402
-from denoise import forwards, guidance_steps  # noqa: E402
-from evaluate import cell  # noqa: E402
-from model import ltx_sigmas  # noqa: E402
-from results import COLUMNS, SHARES, markdown  # noqa: E402
-from run import write_beside  # noqa: E402
+from common.files import atomic_write
+from denoise import forwards, guidance_steps
+from ltx.checkpoint import read_metadata
+from model import ltx_sigmas
+from study import scores
+from study.evaluate import cell
+from study.results import COLUMNS, SHARES, markdown
 
 STREAMS = 3
 OPTIONS = {  # name -> (guide_range, guide_every)
@@ -53,12 +52,12 @@ def measure(name: str, folder: Path, words: list[str]) -> dict:
         (low, high), every = OPTIONS[name]
         whole = folder / "clips" / path.name
         whole.parent.mkdir(parents=True, exist_ok=True)
-        subprocess.run([sys.executable, str(ROOT / "evaluate.py"), "--rows", "own reference", "--guide-range", str(low),
+        subprocess.run([sys.executable, str(ROOT / "study.evaluate"), "--rows", "own reference", "--guide-range", str(low),
                         str(high), "--guide-every", str(every), "--folder", str(whole.parent), "--output-path", str(whole),
                         *words], check=True, stdout=subprocess.DEVNULL)  # fmt: skip
         record = json.loads(whole.read_text())
         record["rows"] = {"own reference": record["rows"]["own reference"]}
-        write_beside(path, lambda beside: beside.write_text(json.dumps(record) + "\n"))
+        atomic_write(path, lambda beside: beside.write_text(json.dumps(record) + "\n"))
     return json.loads(path.read_text())
 
 

@@ -1,6 +1,6 @@
 """Kill a training at random moments, go on, and compare: the weights must be those of a run that nobody touched.
 
-    python tests/kill_runs.py FOLDER [--kills 20 --steps 20]
+    python -m bench.kill_runs FOLDER [--kills 20 --steps 20]
 
 writes 12 clips of the world as video files, trains on them once undisturbed (on the bundled checkpoint), then as many
 times as there are kills: SIGKILL after a random part of the undisturbed run's time, start again, SHA-256 of everything
@@ -19,12 +19,10 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
+ROOT = Path(__file__).resolve().parents[1]
 
-from clip_world import write_clips  # noqa: E402
-
-from run import load_state  # noqa: E402
+from bench.clip_world import write_clips
+from training.run import load_state
 
 
 def command(folder: Path, out: Path, steps: int) -> list[str]:

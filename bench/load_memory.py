@@ -1,7 +1,7 @@
 """Measure the memory that loading the transformer out of a large checkpoint takes. Linux only; needs 5 GB of disk.
 
-    python tests/load_memory.py                      a file of 4.2 GB, written, loaded three times, deleted
-    python tests/load_memory.py --gigabytes 8 --path big.safetensors --keep
+    python -m bench.load_memory                      a file of 4.2 GB, written, loaded three times, deleted
+    python -m bench.load_memory --gigabytes 8 --path big.safetensors --keep
 
 The file has LTX-2.3's names and 48 blocks at a smaller width: about 60 % of it is the video transformer, the rest is
 the sound's half, mixed between (the tensors stand in the order of their names). The used part is a repeated pattern
@@ -28,10 +28,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from checkpoint import load_weights, read_metadata  # noqa: E402
-from model import TransformerConfig, VideoTransformer  # noqa: E402
+from ltx.checkpoint import load_weights, read_metadata
+from model import TransformerConfig, VideoTransformer
 
 PREFIX = "model.diffusion_model."
 SHARE = 0.6  # of the file is the video transformer
@@ -40,7 +38,7 @@ LIMIT = 1.15
 
 def write_large(path: Path, gigabytes: float) -> tuple[int, int]:
     """Write the file; returns its size and the used part of it, in bytes."""
-    import official  # only the writing process needs the tables
+    from bench import official  # only the writing process needs the tables
 
     full = 2 * 13.12e9  # bytes of the transformer at its full width of 4096
     width = 4096 * math.sqrt(SHARE * gigabytes * 1e9 / full)

@@ -6,9 +6,9 @@ down slows both; the times are medians. Diffusers' transformer has an audio half
 (counted by PyTorch) over its time, as a part of the best rate that a plain matrix product reaches on this machine in this
 type. "Peak" is the memory of all tensors alive at the worst moment beyond weights and inputs.
 
-    python tests/bench.py                     the table, about five minutes on two CPU cores; a CUDA device is used if there
-    python tests/bench.py --quick             one small row of each kind
-    python tests/bench.py --full              CUDA only: one guided step of the 48-block transformer at 768x512x121 with
+    python -m bench.speed                     the table, about five minutes on two CPU cores; a CUDA device is used if there
+    python -m bench.speed --quick             one small row of each kind
+    python -m bench.speed --full              CUDA only: one guided step of the 48-block transformer at 768x512x121 with
                                               random bf16 weights, resident, --offload cpu, and fp8-cast
 
 Targets on a CPU: 0.70 for every transformer row, 0.90 for the VAE rows, 1.05 for the guided step over its arithmetic. A row
@@ -22,9 +22,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import test_model
 import test_vae
@@ -35,11 +32,11 @@ from torch.backends import mkldnn
 from torch.utils.flop_counter import FlopCounterMode
 
 from denoise import denoise
-from memory import FLOAT8, HostStream, cast_linears
+from ltx.offload import FLOAT8, HostStream, cast_linears
+from ltx.plan import REAL, LiveBytes
+from ltx.vae import VideoVAE
 from model import TransformerConfig, VideoTransformer, wide_linear
-from plan import REAL, LiveBytes
 from rope import grid_to_positions, reference_grid, video_grid
-from vae import VideoVAE
 
 # width, heads, latent grid, blocks, repeats
 TRANSFORMERS = [(192, 6, (4, 8, 8), 8, 41), (512, 8, (15, 8, 8), 4, 11), (1024, 8, (14, 12, 16), 2, 5),

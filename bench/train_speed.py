@@ -1,8 +1,8 @@
 """What the switches of train.py cost on this machine: samples per second and peak memory, one process each.
 
-    python tests/train_speed.py [--batch 16 --steps 30]
+    python -m bench.train_speed [--batch 16 --steps 30]
 
-Each row is a fresh run of train.py on the procedural world's cached clips (python pretrain.py render, vae, encode, base,
+Each row is a fresh run of train.py on the procedural world's cached clips (python -m toy.pretrain render, vae, encode, base,
 face first), read off its own log; the first steps, which fill caches, are left out. Memory is the largest the process
 ever held, libraries, recogniser, VAE and text encoder included.
 """
@@ -15,10 +15,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+ROOT = Path(__file__).resolve().parents[1]
 
-from plot import read_log  # noqa: E402
+from training.plot import read_log
 
 SWITCHES = {"trained": {"LoRA": [], "all weights": ["--full"]},
             "gradient checkpointing": {"on": [], "off": ["--no-gradient-checkpointing"]},

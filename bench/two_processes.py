@@ -1,6 +1,6 @@
 """One process and two, the same clips in every step: how far apart are losses and weights in the end?
 
-    python tests/two_processes.py FOLDER [--steps 20]
+    python -m bench.two_processes FOLDER [--steps 20]
 
 writes 12 clips of the world as video files and trains on the bundled checkpoint (LoRA at its default rate, float32) in five
 ways: four clips at once, two and two (--accumulate), two processes with copies (ddp), two processes with shards (fsdp),
@@ -16,13 +16,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
+ROOT = Path(__file__).resolve().parents[1]
 
-from clip_world import write_clips  # noqa: E402
-
-from plot import read_log  # noqa: E402
-from run import load_state  # noqa: E402
+from bench.clip_world import write_clips
+from training.plot import read_log
+from training.run import load_state
 
 TWO = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
 
@@ -46,7 +44,7 @@ def differences(a: Path, b: Path, steps: int) -> list[float]:
     losses = [abs(x[k] - y[k]) for x, y in zip(read_log(a / "log.jsonl"), read_log(b / "log.jsonl"), strict=True)
               for k in ("loss", "fm", "face", "id", "gradient") if k in x]
     return [max(losses), *(max((first[k] - second[k]).abs().max().item() for k in first if k.startswith(part))
-                           for part in ("model.", "average.", "adam."))]
+                           for part in ("model.", "ema.", "adam."))]
 
 
 def show(name: str, straight: Path, halves: Path, out: Path, steps: int) -> float:

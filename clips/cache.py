@@ -43,11 +43,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import load_weights, open_file, parse_json, read_metadata, read_text, shapes_from
-from clips import Report, Row, add_manifest_arguments, check_arguments, check_row, read_manifest, sort_rows
-from frames import FORMAT, IMAGES, Bucket, Probe, Unusable, load_clip, probe
-from memory import OFFLOADS
-from run import Parser, command
+from clips.frames import FORMAT, IMAGES, Bucket, Probe, Unusable, load_clip, probe
+from clips.manifest import Report, Row, add_manifest_arguments, check_arguments, check_row, read_manifest, sort_rows
+from common.cli import Parser, command
+from common.files import parse_json, read_text
+from ltx.checkpoint import load_weights, open_file, read_metadata, shapes_from
+from ltx.offload import OFFLOADS
 
 ABANDONED = 3600  # our reading: seconds; what nobody has written to for so long belongs to a process that was killed
 
@@ -106,7 +107,7 @@ def text_key(checkpoint: str | Path, gemma_root: str | Path, folder: str | Path,
 
 
 def _text_key(checkpoint, gemma_root, folder, rank, dtype):
-    from text import CONNECTOR_PREFIX, EXTRACTOR_PREFIX
+    from ltx.text import CONNECTOR_PREFIX, EXTRACTOR_PREFIX
 
     settings = read_metadata(checkpoint)["config"].get("transformer")
     files = [gemma_root / "config.json", gemma_root / "tokenizer.json", *sorted(gemma_root.glob("*.safetensors"))]
@@ -380,7 +381,7 @@ def lazy_encoder(checkpoint: str | Path, gemma_root: str | Path, device: str | t
     loaded = []
 
     def encode(captions):
-        from text import TextEncoder
+        from ltx.text import TextEncoder
 
         if not loaded:
             dtype = text_dtype(device)
@@ -392,7 +393,7 @@ def lazy_encoder(checkpoint: str | Path, gemma_root: str | Path, device: str | t
 
 def load_vae(checkpoint: str | Path, device: str | torch.device = "cpu") -> nn.Module:
     """The checkpoint's VAE in float32, frozen. Raises ValueError when it has none."""
-    from vae import VideoVAE
+    from ltx.vae import VideoVAE
 
     config = read_metadata(checkpoint)["config"]
     if "vae" not in config:
@@ -435,7 +436,7 @@ def _check_device(name):
 
 def main(words: list[str] | None = None) -> int:
     """Exit status: 0 every row is cached, 1 some are not, 2 an argument or the disk is no good, 130 or 143 stopped."""
-    p = Parser("cache.py", description=__doc__.split("\n")[0],
+    p = Parser("clips.cache", description=__doc__.split("\n")[0],
                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_manifest_arguments(p)
     p.add_argument("--checkpoint-path", dest="checkpoint", type=Path, required=True, default=argparse.SUPPRESS,
@@ -446,7 +447,7 @@ def main(words: list[str] | None = None) -> int:
                    help="where VAE (float32) and text encoder (bf16 on a GPU, float32 on a CPU) run")
     p.add_argument("--offload-text", choices=OFFLOADS, default="none", help="where Gemma's layers wait, as in sample.py")
     args = p.parse_args(words)
-    from text import check_text
+    from ltx.text import check_text
     refused = []
 
     def work() -> None:
@@ -455,7 +456,7 @@ def main(words: list[str] | None = None) -> int:
         report = _make_latents(args)  # the VAE is freed before Gemma is loaded
         refused.extend(report.refused)
         _make_contexts(args, ["", *(row.caption for row in report.used)])
-    status = command("cache.py", work, f"what is whole stays in {args.folder}, and the same command goes on")
+    status = command("clips.cache", work, f"what is whole stays in {args.folder}, and the same command goes on")
     return status or int(bool(refused))
 
 

@@ -35,17 +35,17 @@ import torch
 from torch import Generator, Tensor
 from tqdm import tqdm
 
-import world
-from cache import CachedLatents, cache_contexts, cache_latents, check_once, lazy_encoder, text_dtype, text_key
-from clips import box_mask, draw_reference, faces_for_clip, load_faces
-from frames import DEFAULT_BUCKETS, clip_times, cover, parse_buckets
+from clips.cache import CachedLatents, cache_contexts, cache_latents, check_once, lazy_encoder, text_dtype, text_key
+from clips.frames import DEFAULT_BUCKETS, clip_times, cover, parse_buckets
+from clips.manifest import box_mask, draw_reference, faces_for_clip, load_faces
 from losses import pool_face_mask
-from memory import OFFLOADS
+from ltx.offload import OFFLOADS
+from ltx.text import TextEncoder
+from ltx.vae import VideoVAE
 from reference import letterbox, patchify
-from run import seeded
-from text import TextEncoder
-from vae import VideoVAE
-from workers import wait
+from toy import world
+from training.run import seeded
+from training.workers import wait
 
 DATA = Path("data")
 FRAMES, SIZE, FRAME_RATE = 9, 64, 8.0                # of the world's clips; at 48 pixels the eyes would be 1-2 pixels wide
@@ -109,7 +109,7 @@ class Order:
         self.per_epoch = sum(max(1, len(group) // size) for group in self.groups)
         self.epoch, self.batches = -1, []
         if not self.groups:
-            raise ValueError("expected clips to train on, got none; `python clips.py check` says why rows are not used")
+            raise ValueError("expected clips to train on, got none; `python -m clips.manifest check` says why rows are not used")
 
     def __call__(self, step: int) -> list[int]:
         epoch, place = divmod(step, self.per_epoch)
@@ -126,7 +126,7 @@ class Order:
         return [batches[k] for k in torch.randperm(len(batches), generator=g).tolist()]
 
 
-def share(indices: list[int], rank: int, world_size: int, size: int) -> list[tuple[int, int]]:
+def shard_indices(indices: list[int], rank: int, world_size: int, size: int) -> list[tuple[int, int]]:
     """This process's part of a step, as (place in the whole batch, clip): every world_size-th run of `size` places."""
     runs = range(rank * size, len(indices), world_size * size)
     return [(place, indices[place]) for a in runs for place in range(a, a + size)]
@@ -237,7 +237,7 @@ def captions_of(rows: dict[str, Tensor]) -> list[str]:
 def cached_world(folder: Path = DATA / "train") -> WorldClips:
     """The clips that `pretrain.py render` and `encode` have written. Raises ValueError when they are not there."""
     if not (folder / "latents.npy").exists():
-        raise ValueError(f"expected latents in {folder}, got none; run `python pretrain.py render`, then `encode`")
+        raise ValueError(f"expected latents in {folder}, got none; run `python -m toy.pretrain render`, then `encode`")
     latents, faces, boxes = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("latents", "faces", "boxes"))
     rows = clip_rows("train", 0, len(latents))
     return WorldClips(captions_of(rows), rows, latents, faces, boxes)

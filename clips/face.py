@@ -3,7 +3,7 @@
 The idea. A recogniser maps a face picture to a unit vector, so that pictures of one person point the same way and
 pictures of different people do not; the cosine of two vectors is the similarity. ST-DRC needs one while training
 (paper: "face-guided identity objectives"; our reading: 1 - cosine on the decoded clean estimate, losses.py) and another
-one, independently trained, for scoring: a network must never judge the loss that was minimised against it.
+one, independently trained, for scoring: a network must never eval_encoder the loss that was minimised against it.
 
 The network is ArcFace's public backbone `iresnet` (InsightFace): 112 x 112 pictures in, 512 numbers out. Depths, widths
 and picture size are read off the tensors, so iresnet18, 34, 50, 100 and our tiny ones are one code. It was trained on
@@ -38,8 +38,8 @@ import torch.nn.functional as nnf
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from checkpoint import SINGLE_FILE, TYPES, TensorFile, open_file
 from losses import crop_faces
+from ltx.checkpoint import SINGLE_FILE, TYPES, TensorFile, open_file
 
 # ArcFace's places of the five landmarks in a 112 x 112 picture, as published: 0 is the middle of the first pixel.
 TEMPLATE = ((38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655), (70.7299, 92.2041))
@@ -258,7 +258,7 @@ def faces_of(frames: Tensor, boxes: Tensor, landmarks: Tensor | None = None, siz
 
 # ------------------------------------------------------------ demo
 
-TINY = Path(__file__).parent / "weights" / "tiny" / "face.safetensors"
+TINY = Path(__file__).resolve().parents[1] / "weights" / "tiny" / "face.safetensors"
 ANCHOR, SAME, ALIKE, STRANGER = "one picture", "same person, elsewhere", "look-alike", "stranger"
 TURNS = (15, 30, 60)  # degrees
 INK, GREY, GRID = (40, 40, 40), (110, 110, 110), (226, 226, 226)
@@ -272,7 +272,7 @@ def pairs(net: FaceNet, count: int = 32, seed: int = 3) -> dict[str, tuple[Tenso
 
     Returns name -> (faces (count, 3, size, size), cosines (count,)). All but the ones named so are cut out by box.
     """
-    import world
+    from toy import world
 
     person, g = world.people("test", count), torch.Generator().manual_seed(seed)
     def shoot(people: Tensor) -> tuple[Tensor, Tensor]:

@@ -40,7 +40,7 @@ import torch.nn.functional as nnf
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from checkpoint import brief
+from common.files import one_line
 from reference import letterbox
 
 FORMAT = 1          # of the cached files and of the way clips are decoded; a change here makes every cached latent new
@@ -58,7 +58,7 @@ class Unusable(ValueError):
     """A row or clip that cannot be used: `reason` is one of a few words to count by, `detail` says what was found."""
 
     def __init__(self, reason: str, detail: object):
-        self.reason, self.detail = reason, brief(detail, 400)
+        self.reason, self.detail = reason, one_line(detail, 400)
         super().__init__(f"{self.reason}: {self.detail}")
 
 

@@ -42,8 +42,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import brief, parse_json, read_text
-from frames import (
+from clips.frames import (
     DEFAULT_BUCKETS,
     TIE,
     Bucket,
@@ -59,7 +58,8 @@ from frames import (
     parse_buckets,
     probe,
 )
-from run import Parser, command
+from common.cli import Parser, command
+from common.files import one_line, parse_json, read_text
 
 FIELDS = ("video", "media_path", "caption", "reference", "identity", "faces")
 LONGEST = 100_000  # our reading: characters of a field; more is a file in the wrong place (LTX-2.3 reads 1024 tokens)
@@ -111,12 +111,12 @@ def load_faces(path: str | Path) -> Faces:
         reference = _read_face(data["reference"]) if data.get("reference") is not None else None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, OverflowError,
             RecursionError) as error:
-        told = brief(f"no {error}" if isinstance(error, KeyError) else error)
+        told = one_line(f"no {error}" if isinstance(error, KeyError) else error)
         raise ValueError(f"expected a faces file with frame_rate, size and frames, got {told} in {path}; see load_faces"
                          ) from None
     same = len(times) == len(boxes) == len(marks)
     if len(size) != 2 or not 1 <= min(size) <= max(size) <= LARGEST or not 0 < frame_rate < 1e6 or not same:
-        got = f"{brief(size, 80)} and {frame_rate}"
+        got = f"{one_line(size, 80)} and {frame_rate}"
         raise ValueError(f"expected size [h, w] and a frame rate above 0, got {got} in {path}; "
                          "see load_faces")
     if not (times.isfinite().all() and boxes.isfinite().all() and (boxes[:, 2:] > boxes[:, :2]).all()):
@@ -129,9 +129,9 @@ def _read_face(data):
     marks = data.get("landmarks")
     marks = None if marks is None else torch.tensor(marks, dtype=torch.float32)
     if len(size) != 2 or not 1 <= min(size) <= max(size) <= LARGEST:
-        raise ValueError(f"size {brief(data['size'], 80)} of the reference, not [h, w]")
+        raise ValueError(f"size {one_line(data['size'], 80)} of the reference, not [h, w]")
     if box.shape != (4,) or not box.isfinite().all() or not (box[2:] > box[:2]).all():
-        raise ValueError(f"box {brief(data['box'], 80)} of the reference, not [x0, y0, x1, y1] with x1 > x0 and y1 > y0")
+        raise ValueError(f"box {one_line(data['box'], 80)} of the reference, not [x0, y0, x1, y1] with x1 > x0 and y1 > y0")
     if (box[2:] <= 0).any() or box[0] >= size[1] or box[1] >= size[0]:
         raise ValueError(f"box {data['box']} outside the reference of {size[0]}x{size[1]}")
     if marks is not None and (marks.shape != (5, 2) or not marks.isfinite().all()):
@@ -442,7 +442,7 @@ def check_arguments(args: argparse.Namespace, time_scale: int, space_scale: int,
 
 def main(words: list[str] | None = None) -> int:
     """Exit status: 0 every row is used, 1 some are not, 2 the manifest (or another argument) cannot be used."""
-    p = Parser("clips.py", description=__doc__.split("\n")[0])
+    p = Parser("clips.manifest", description=__doc__.split("\n")[0])
     c = p.add_subparsers(dest="command").add_parser(
         "check", help="say how many rows are used and why each other one is not",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -459,7 +459,7 @@ def main(words: list[str] | None = None) -> int:
         if min(args.time_scale, args.space_scale) < 1:
             raise ValueError(f"expected scales of at least 1, got {args.time_scale} and {args.space_scale}; see --help")
         refused.extend(check_arguments(args, args.time_scale, args.space_scale).refused)
-    return command("clips.py", work, "nothing was written") or int(bool(refused))
+    return command("clips.manifest", work, "nothing was written") or int(bool(refused))
 
 
 if __name__ == "__main__":

@@ -154,7 +154,7 @@ def single_frames(runs: Iterable[Tensor], seconds: dict[str, float]) -> Iterator
         del run  # before the next one is made
 
 
-def beside(target: Path) -> Path:
+def temp_path(target: Path) -> Path:
     """The hidden name, in the same folder, under which a file is written before it is renamed."""
     return target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")
 
@@ -173,7 +173,7 @@ def write_outputs(path: Path, runs: Iterable[Tensor], num_frames: int, canvas: T
     before = seconds.get("decode", 0)
     factor = enlargement(h, w)
     targets = [path, path.with_suffix(".png"), path.with_suffix(".json")]
-    hidden = [beside(target) for target in targets]
+    hidden = [temp_path(target) for target in targets]
     places, picked, count = set(picks(num_frames)), [], 0
     try:
         with VideoWriter(hidden[0], frame_rate) as writer:

@@ -35,19 +35,18 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from common.files import atomic_write, one_line, parse_json
+
 SINGLE_FILE = "ltx-2.3-22b-dev.safetensors"  # LTX-2.3: the published checkpoint
 TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
          "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
-JSON_BYTES = 100_000_000  # our reading: what safetensors allows for its table; Gemma's tokenizer.json is a third of it
-JSON_DEPTH = 32           # our reading: LTX-2.3's config has 5 levels; a thousand would exhaust the stack
 MOST_LAYERS = 1000        # our reading: LTX-2.3 and its Gemma have 48; a billion would be built for ever
 # Numbers that are read of a config: type, smallest, largest, and how many where it is a list (0 = any).
 SIZES = ("in_channels", "out_channels", "latent_channels", "encoder_base_channels", "decoder_base_channels", "patch_size",
@@ -62,46 +61,6 @@ LIMITS |= dict.fromkeys(POSITIVE, (float, 1e-12, 1e9, None))
 LIMITS |= {"positional_embedding_max_pos": (float, 1e-12, 1e9, 3),
            "connector_positional_embedding_max_pos": (float, 1, 1e9, 1), "guide_range": (float, 0, 1, 2),
            "stg_blocks": (int, 0, MOST_LAYERS, 0)}
-
-
-# ------------------------------------------------------------ text from outside
-
-
-def brief(told: object, most: int = 160) -> str:
-    """What a file or a library says, as one short line that can be printed: a name in a file may hold anything."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in str(told)).split())
-    return line if len(line) <= most else f"{line[: most // 2]} ... {line[-most // 3 :]}"
-
-
-def parse_json(text: str | bytes) -> Any:
-    """json.loads with bounds: at most JSON_BYTES long, nested at most JSON_DEPTH deep. Memory: up to 25 times the text.
-
-    Raises ValueError, one line, for whatever is wrong.
-    """
-    if len(text) > JSON_BYTES:
-        raise ValueError(f"{len(text):,} characters of JSON, more than {JSON_BYTES:,}")
-    too_deep = ValueError(f"JSON nested deeper than {JSON_DEPTH} levels")
-    try:
-        data = json.loads(text)
-    except RecursionError:
-        raise too_deep from None
-    level = [data]  # all lists and objects at one depth
-    for _ in range(JSON_DEPTH):
-        inner = (item for outer in level if isinstance(outer, dict | list)
-                 for item in (outer.values() if isinstance(outer, dict) else outer))
-        level = [item for item in inner if isinstance(item, dict | list)]
-        if not level:
-            return data
-    raise too_deep
-
-
-def read_text(path: Path) -> str:
-    """A text file in UTF-8, of at most JSON_BYTES. Raises ValueError, one line, or OSError."""
-    if not path.is_file():  # also keeps pipes and devices from being read
-        raise ValueError("a folder" if path.is_dir() else "no such file")
-    if (size := path.stat().st_size) > JSON_BYTES:
-        raise ValueError(f"{size:,} bytes, more than {JSON_BYTES:,}")
-    return path.read_text(encoding="utf-8-sig")
 
 
 # ------------------------------------------------------------ reading
@@ -205,7 +164,7 @@ def read_metadata(path: str | os.PathLike) -> dict:
     if other := stranger(metadata, names):
         raise ValueError(f"expected an LTX-2.3 checkpoint at {path}, got {other}")
     if "config" not in metadata:
-        got = brief(sorted(metadata)) if metadata else "an empty header"
+        got = one_line(sorted(metadata)) if metadata else "an empty header"
         raise ValueError(f"expected a 'config' entry in the header of {path}, got {got}; use {SINGLE_FILE}")
     return metadata
 
@@ -234,11 +193,11 @@ def shapes_from(path: str | os.PathLike) -> Iterator[None]:
         with torch.device("meta"):
             yield
     except KeyError as error:
-        raise ValueError(f"expected {brief(error)} in the config of {path}, got none; use an LTX-2.3 checkpoint") from error
+        raise ValueError(f"expected {one_line(error)} in the config of {path}, got none; use an LTX-2.3 checkpoint") from error
     except ValueError as error:
-        raise ValueError(brief(error, 500)) from error
+        raise ValueError(one_line(error, 500)) from error
     except (TypeError, AttributeError, IndexError, ArithmeticError, RuntimeError, AssertionError) as error:
-        raise ValueError(f"expected sizes in the config of {path}, got what no model can be built from ({brief(error)}); "
+        raise ValueError(f"expected sizes in the config of {path}, got what no model can be built from ({one_line(error)}); "
                          f"use {SINGLE_FILE}") from error
 
 
@@ -263,7 +222,7 @@ def _check(file: TensorFile, path: str | os.PathLike, wanted: dict[str, Tensor],
     for name, like in wanted.items():
         entry, shape = file.get_slice(prefix + name), tuple(like.shape)
         if (found := tuple(entry.get_shape())) != shape:
-            raise ValueError(f"expected {prefix + name} of shape {shape} in {path}, got {brief(found)}; "
+            raise ValueError(f"expected {prefix + name} of shape {shape} in {path}, got {one_line(found)}; "
                              "use a file whose config fits its tensors")
         if not TYPES.get(entry.get_dtype(), torch.uint8).is_floating_point:
             raise ValueError(f"expected floating-point numbers in {prefix + name} of {path}, got {entry.get_dtype()}; "
@@ -332,12 +291,12 @@ def describe(path: Path, error: Exception) -> str:
     if size == 0:
         return f"an empty file at {path}; download it again"
     if table is not None:
-        thing = _cut_off(start[8:] + table, length, size) or f"a damaged one ({brief(error)})"
+        thing = _cut_off(start[8:] + table, length, size) or f"a damaged one ({one_line(error)})"
         return f"{thing} at {path}; download it again"
     for beginning, (thing, advice) in BEGINNINGS.items():
         if start.startswith(beginning):
             return f"{thing} at {path}; {advice}"
-    return f"a file of another kind at {path} ({brief(error)}); use {SINGLE_FILE}"
+    return f"a file of another kind at {path} ({one_line(error)}); use {SINGLE_FILE}"
 
 
 def _cut_off(table: bytes, length: int, size: int) -> str | None:
@@ -393,18 +352,18 @@ def generation(version: str, settings: dict, names: list[str]) -> str | None:
     elder = any("caption_projection." in name for name in names)
     sound = any("audio" in name for name in names)
     if kind == "Transformer3DModel" or release < (1, 0) or (elder and not sound and kind is None and not number):
-        told = (f"_class_name {brief(kind)}" if kind else f"model_version {version!r:.40}" if number else
+        told = (f"_class_name {one_line(kind)}" if kind else f"model_version {version!r:.40}" if number else
                 "caption_projection tensors")  # fmt: skip
         return f"LTX-Video 0.9, an older model ({told})"
     if release < (2, 3) or elder or (kind == "AVTransformer3DModel" and "cross_attention_adaln" not in settings):
         told = (f"model_version {version!r:.40}" if release < (2, 3) else
                 "caption_projection tensors" if elder else "no cross_attention_adaln in its config")  # fmt: skip
         return f"LTX-2.0, an older model ({told})"
-    later = [f"{key} = {brief(settings[key])}" for key, value in LATER.items() if settings.get(key, value) != value]
+    later = [f"{key} = {one_line(settings[key])}" for key, value in LATER.items() if settings.get(key, value) != value]
     later += ["a tensor keyframes_abs_pos_embedding" for name in names if name.endswith("keyframes_abs_pos_embedding")]
     if release > (2, 3) or later:
         told = f"model_version {version!r:.40}" if release > (2, 3) else later[0]
-        return f"LTX-{brief(version, 40) if release > (2, 3) else '2.5'}, a later model ({told})"
+        return f"LTX-{one_line(version, 40) if release > (2, 3) else '2.5'}, a later model ({told})"
     return None
 
 
@@ -423,19 +382,12 @@ def save_checkpoint(
 
 
 def write_file(path: str | os.PathLike, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Any safetensors file, whole or not at all. Raises as save_checkpoint does."""
     wrong = [key for key, value in metadata.items() if not isinstance(value, str)]
     if wrong:
         raise ValueError(f"expected metadata strings, got another type for {wrong[0]!r}; convert it with str()")
-    path = Path(path)
-    beside = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, beside, metadata=metadata)
-        os.replace(beside, path)
-    except (OSError, SafetensorError) as error:  # the library has its own type for a full disk
-        raise OSError(f"cannot write {path}: {error}; make room, or choose another folder") from None
-    finally:
-        beside.unlink(missing_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    atomic_write(path, lambda p: save_file(tensors, p, metadata=metadata))
 
 
 def save_changed(path: str | os.PathLike, base: str | os.PathLike, changed: dict[str, Tensor], metadata: dict[str, str]

@@ -17,7 +17,7 @@ Conventions
     with torch.no_grad():
         states = gemma(ids, mask)                                 # 49 x (B, N, 3840)
 
-    python gemma.py                                               # who may read whom, layer by layer
+    python -m ltx.gemma                                               # who may read whom, layer by layer
 
 Read next: text.py
 """
@@ -33,10 +33,11 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from checkpoint import MOST_LAYERS, TYPES, brief, open_file
-from memory import stream_blocks
+from common.files import one_line
+from ltx.checkpoint import MOST_LAYERS, TYPES, open_file
+from ltx.offload import stream_blocks
+from ltx.tokenizer import read_object
 from model import Linear
-from tokenizer import read_object
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class GemmaConfig:
         try:
             return cls.from_dict(data)
         except (TypeError, AttributeError, ArithmeticError) as error:  # a list where an object belongs, and so on
-            raise ValueError(f"expected the settings of a Gemma 3 in {path}, got {brief(error)}; fetch it again") from error
+            raise ValueError(f"expected the settings of a Gemma 3 in {path}, got {one_line(error)}; fetch it again") from error
 
     @classmethod
     def from_dict(cls, config: dict) -> "GemmaConfig":
@@ -90,12 +91,12 @@ class GemmaConfig:
         """
         config = config.get("text_config", config)
         if (kind := config.get("model_type", "gemma3_text")) not in ("gemma3", "gemma3_text"):
-            raise ValueError(f"expected model_type gemma3 or gemma3_text, got {brief(kind, 40)}; use a Gemma 3 folder")
+            raise ValueError(f"expected model_type gemma3 or gemma3_text, got {one_line(kind, 40)}; use a Gemma 3 folder")
         wanted = {"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False, "attn_logit_softcapping": None,
                   "use_bidirectional_attention": False}  # fmt: skip
         for key, value in wanted.items():
             if (config.get(key) or value) != value:
-                raise ValueError(f"expected {key} = {value}, got {brief(config[key], 40)}; use a Gemma 3 text model")
+                raise ValueError(f"expected {key} = {value}, got {one_line(config[key], 40)}; use a Gemma 3 text model")
         same_name = [n for n in cls.__dataclass_fields__ if not n.endswith(("_theta", "_factor", "_types"))]
         values = {name: config[name] for name in same_name if config.get(name) is not None}
         cls._check_numbers(values)
@@ -107,7 +108,7 @@ class GemmaConfig:
         local = new.get("sliding_attention") or {}
         for kind in (scaling.get("rope_type", scaling.get("type")), local.get("rope_type")):
             if kind not in (None, "default", "linear") or (local.get("factor") or 1) != 1:
-                raise ValueError(f"expected linear rotary scaling on full layers only, got {brief(kind, 40)}; use Gemma 3")
+                raise ValueError(f"expected linear rotary scaling on full layers only, got {one_line(kind, 40)}; use Gemma 3")
         values["global_theta"] = scaling.get("rope_theta") or config.get("rope_theta") or cls.global_theta
         values["local_theta"] = local.get("rope_theta") or config.get("rope_local_base_freq") or cls.local_theta
         values["global_factor"] = scaling.get("factor") or 1.0

@@ -34,7 +34,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoint import brief, open_file, parse_json, write_file
+from common.files import one_line, parse_json
+from ltx.checkpoint import open_file, write_file
 
 # LTX-2.3: the modules of the published in-context LoRA recipe.
 LORA_TARGETS = tuple(f"{attn}.{name}" for attn in ("attn1", "attn2") for name in ("to_q", "to_k", "to_v", "to_out.0"))
@@ -106,10 +107,10 @@ def _linears(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in modules if hasattr(module, "in_features") and not name.endswith(".base")}
 
 
-def lora_state_dict(model: nn.Module, whole: Callable[[Tensor], Tensor] = lambda x: x) -> dict[str, Tensor]:
+def lora_state_dict(model: nn.Module, gather: Callable[[Tensor], Tensor] = lambda x: x) -> dict[str, Tensor]:
     """The LoRA under the names LTX-2.3 tools expect; raises ValueError when the model has none.
 
-    whole: puts a tensor together that is spread over several processes (workers.whole).
+    gather: puts a tensor together that is spread over several processes (workers.full_tensor).
 
     LTX-2.3: loaders add B @ A and know no alpha, so the scale is folded into B here. LoRAs stacked on one linear come
     out as one of their summed rank: B1 A1 + B2 A2 = [B1 B2] [A1; A2].
@@ -121,8 +122,8 @@ def lora_state_dict(model: nn.Module, whole: Callable[[Tensor], Tensor] = lambda
             layers.append(module)
             module = module.base
         if layers:
-            A = torch.cat([whole(layer.lora_A.detach()) for layer in layers])  # (rank, in)
-            B = torch.cat([whole(layer.lora_B.detach()) * layer.scale for layer in layers], dim=1)  # (out, rank)
+            A = torch.cat([gather(layer.lora_A.detach()) for layer in layers])  # (rank, in)
+            B = torch.cat([gather(layer.lora_B.detach()) * layer.scale for layer in layers], dim=1)  # (out, rank)
             state |= {f"{LORA_PREFIX}{name}.lora_A.weight": A, f"{LORA_PREFIX}{name}.lora_B.weight": B}
     if not state:
         raise ValueError("expected a model with LoRA, got one without; call add_lora first")
@@ -134,15 +135,15 @@ def save_lora(
     model: nn.Module,
     metadata: dict[str, str] | None = None,
     dtype: torch.dtype = torch.float32,
-    whole: Callable[[Tensor], Tensor] = lambda x: x,
+    gather: Callable[[Tensor], Tensor] = lambda x: x,
     write: bool = True,
 ) -> None:
     """Write the LoRA alone as a safetensors file; metadata (strings) say how it was trained ("reference_placement").
 
     LTX-2.3: the official trainer writes bf16; float32 loses nothing. Raises ValueError when the model has no LoRA.
-    whole, write: with several processes all call this, each gives its part to `whole`, and one writes.
+    gather, write: with several processes all call this, each gives its part to `gather`, and one writes.
     """
-    state = lora_state_dict(model, whole)
+    state = lora_state_dict(model, gather)
     if write:
         write_file(path, {key: tensor.to(dtype) for key, tensor in state.items()}, metadata or {})
 
@@ -226,7 +227,7 @@ def _header_alpha(metadata: dict[str, str]) -> float | None:
         config = {key.removeprefix("transformer."): value for key, value in parse_json(entry).items()}
         alpha = float(config["lora_alpha"]) if "lora_alpha" in config else None
     except (ValueError, TypeError, AttributeError, OverflowError) as error:
-        raise ValueError(f"expected JSON in 'lora_adapter_metadata', got {brief(error)}; remove the entry") from error
+        raise ValueError(f"expected JSON in 'lora_adapter_metadata', got {one_line(error)}; remove the entry") from error
     for switch in ("use_rslora", "use_dora", "alpha_pattern"):
         if config.get(switch):
             raise ValueError(f"expected a plain LoRA, got {switch} in 'lora_adapter_metadata'; convert the file")
@@ -243,12 +244,12 @@ def _pair(name: str, parts: dict, linear: nn.Module, alpha: float | None) -> tup
     rank = A.shape[0] if A.ndim == 2 else 0
     if not rank or A.shape != (rank, linear.in_features) or B.shape != (linear.out_features, rank):
         weight = (linear.out_features, linear.in_features)
-        found = f"{key_A!r} {brief(tuple(A.shape))} and {key_B!r} {brief(tuple(B.shape))}"
+        found = f"{key_A!r} {one_line(tuple(A.shape))} and {key_B!r} {one_line(tuple(B.shape))}"
         raise ValueError(f"expected (rank, in) and (out, rank) for a weight {weight}, got {found}; check the model size")
     if "alpha" in parts:
         key, tensor = parts["alpha"]
         if tensor.numel() != 1:
-            raise ValueError(f"expected one number in {key!r}, got shape {brief(tuple(tensor.shape))}; the file is damaged")
+            raise ValueError(f"expected one number in {key!r}, got shape {one_line(tuple(tensor.shape))}; the file is damaged")
         alpha = tensor.item()
         if not math.isfinite(alpha):
             raise ValueError(f"expected a number in {key!r}, got {alpha}; the file is damaged")

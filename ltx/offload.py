@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoint import check_weights, load_weights
+from ltx.checkpoint import check_weights, load_weights
 
 OFFLOADS = ("none", "cpu", "disk")
 FLOAT8 = torch.float8_e4m3fn

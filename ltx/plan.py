@@ -36,13 +36,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-import text
-from checkpoint import TYPES, open_file, read_metadata, shapes_from
-from gemma import GemmaConfig, GemmaTextModel
 from guidance import stream_weights
-from memory import FLOAT8, cast_linears
+from ltx import text
+from ltx.checkpoint import TYPES, open_file, read_metadata, shapes_from
+from ltx.gemma import GemmaConfig, GemmaTextModel
+from ltx.offload import FLOAT8, cast_linears
+from ltx.vae import Tiling, VideoVAE
 from model import TransformerConfig, VideoTransformer
-from vae import Tiling, VideoVAE
 
 GB = 10**9
 RESERVE = 1 * GB  # our reading: for the CUDA context, libraries and fragmentation

@@ -25,7 +25,7 @@ our reading: the tiny stand-in may set `text_max_length` in the checkpoint's con
     with torch.no_grad():
         context = encoder.encode(["A woman laughs in the rain.", ""])         # (2, 1024, 4096)
 
-    python text.py "a person nods in the snow" "a person nods at night"    # draws both with the bundled checkpoint
+    python -m ltx.text "a person nods in the snow" "a person nods at night"    # draws both with the bundled checkpoint
 
 Read next: lora.py
 """
@@ -40,11 +40,11 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from checkpoint import check_weights, load_weights, read_metadata, shapes_from
-from gemma import GemmaConfig, GemmaTextModel, load_gemma
+from ltx.checkpoint import check_weights, load_weights, read_metadata, shapes_from
+from ltx.gemma import GemmaConfig, GemmaTextModel, load_gemma
+from ltx.tokenizer import BYTE_OF_PIECE, SPACE, SPECIAL_PIECES, Tokenizer
 from model import Attention, FeedForward, Linear
 from rope import rotary_tables
-from tokenizer import BYTE_OF_PIECE, SPACE, SPECIAL_PIECES, Tokenizer
 
 DEFAULT_TEXT_LENGTH = 1024  # LTX-2.3: rows of the context, prompt and registers together
 
@@ -270,7 +270,7 @@ class TextEncoder(nn.Module):
 
 # ------------------------------------------------------------ demo
 
-TINY = Path(__file__).parent / "weights" / "tiny"
+TINY = Path(__file__).resolve().parents[1] / "weights" / "tiny"
 PROMPT, OTHER = (f"a person in a {color} shirt grins in a café, in daylight" for color in ("red", "blue"))
 COLUMNS, CELL, MARGIN = 16, 90, 30  # of the picture's grids; pixels
 INK, GREY, PADDING = (40, 40, 40), (110, 110, 110), (240, 240, 240)

@@ -14,7 +14,7 @@ low block inside pieces. Files are checked when they are read, so that nothing f
     tokenizer = Tokenizer("gemma-3-12b-it/tokenizer.json")
     ids, mask = tokenizer.encode_padded("A woman laughs in the rain.", 1024)   # (1024,) each
 
-    python tokenizer.py                                                        # joins words of a prompt, step by step
+    python -m ltx.tokenizer                                                        # joins words of a prompt, step by step
 
 Read next: gemma.py
 """
@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoint import brief, parse_json, read_text
+from common.files import one_line, parse_json, read_text
 
 SPACE = "\u2581"  # Gemma writes a space as this character (a low block), so that a space can be part of a piece
 BYTE_PIECES = [f"<0x{value:02X}>" for value in range(256)]
@@ -138,7 +138,7 @@ def read_object(path: Path) -> dict:
     try:
         data = parse_json(read_text(path))
     except (ValueError, OSError) as error:  # broken JSON, or bytes that are no text
-        raise ValueError(f"expected JSON in {path}, got {brief(error)}; download it again") from error
+        raise ValueError(f"expected JSON in {path}, got {one_line(error)}; download it again") from error
     if not isinstance(data, dict):
         raise ValueError(f"expected a JSON object in {path}, got a {type(data).__name__}; download it again")
     return data
@@ -150,7 +150,7 @@ def _check_tokenizer(data: dict) -> None:
         raise ValueError("expected objects 'model' and 'normalizer' and a list 'added_tokens', got something else; use "
                          "Gemma 3's tokenizer.json")
     if model.get("type") != "BPE" or not model.get("byte_fallback"):
-        kind = f"{brief(model['type'])} without it" if "type" in model else "no 'model' of a known type"
+        kind = f"{one_line(model['type'])} without it" if "type" in model else "no 'model' of a known type"
         raise ValueError(f"expected BPE with byte_fallback, got {kind}; use Gemma 3's tokenizer.json")
     if absent := {"vocab", "merges"} - set(model):
         raise ValueError(f"expected {min(absent)!r} in the model, got none; use Gemma 3's tokenizer.json")
@@ -158,7 +158,7 @@ def _check_tokenizer(data: dict) -> None:
     if missing := [piece for piece in SPECIAL_PIECES + BYTE_PIECES if piece not in model["vocab"]]:
         raise ValueError(f"expected {missing[0]} in the vocabulary, got none; use Gemma 3's tokenizer.json")
     if normalizer.get("pattern") != {"String": " "} or normalizer.get("content") != SPACE:
-        raise ValueError(f"expected ' ' to become '{SPACE}', got normalizer {brief(normalizer, 80)}; use Gemma 3's file")
+        raise ValueError(f"expected ' ' to become '{SPACE}', got normalizer {one_line(normalizer, 80)}; use Gemma 3's file")
     for token in added:
         for flag in ("normalized", "lstrip", "rstrip", "single_word"):
             if token.get(flag):
@@ -257,7 +257,7 @@ def _tokenizer_json(vocab: dict[str, int], merges: list[list[str]]) -> dict:
 
 def _demo(prompt: str = "a person grins in a café") -> None:
     """Every word of a prompt as characters, and after each join, with the bundled vocabulary."""
-    tokenizer = Tokenizer(Path(__file__).parent / "weights" / "tiny" / "gemma" / "tokenizer.json")
+    tokenizer = Tokenizer(Path(__file__).resolve().parents[1] / "weights" / "tiny" / "gemma" / "tokenizer.json")
     print(f"{len(tokenizer.vocab)} pieces, {len(tokenizer.rank)} merges in their order (Gemma 3: 514,906 merges)")
     for word in tokenizer._words.findall(prompt.replace(" ", SPACE)):
         pieces = list(word)

@@ -524,8 +524,8 @@ def _sizes() -> None:
 
 def _bundled(path: Path) -> None:
     """The bundled VAE on a clip of the world: sizes, decibels, what a changed frame reaches, and the picture."""
-    import world
-    from checkpoint import load_weights, read_metadata
+    from ltx.checkpoint import load_weights, read_metadata
+    from toy import world
 
     with torch.device("meta"):
         vae = VideoVAE(read_metadata(path)["config"]["vae"])
@@ -552,7 +552,7 @@ def _bundled(path: Path) -> None:
 def demo() -> None:
     """The text part needs nothing; the picture needs the bundled checkpoint, and one line says so when it is absent."""
     _sizes()
-    path = Path(__file__).parent / "weights" / "tiny" / "model.safetensors"
+    path = Path(__file__).resolve().parents[1] / "weights" / "tiny" / "model.safetensors"
     if path.is_file():
         _bundled(path)
     else:

@@ -11,9 +11,9 @@ Conventions. Every result is one JSON file, FOLDER/<variant>/seed-<s>.json, besi
 `run` goes on: finished results stay, begun trainings have their states. Scores are those of scores.py; `prompt` is the
 mean of action, scene, light and shirt. Guidance scale 1 = off, 0 = condition removed.
 
-    python ablate.py run --jobs 2                                    36 trainings, one thread each, and 64 scorings
-    python ablate.py run --only placement --seeds 0 --steps 200      a part of it
-    python ablate.py table                                           FOLDER/table.md and FOLDER/grid.png
+    python -m study.ablate run --jobs 2                                    36 trainings, one thread each, and 64 scorings
+    python -m study.ablate run --only placement --seeds 0 --steps 200      a part of it
+    python -m study.ablate table                                           FOLDER/table.md and FOLDER/grid.png
 
 Read next: results.py
 """
@@ -35,16 +35,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import plot
-import scores
-import world
-from evaluate import Models, generate, test_set
-from face import load_facenet
+from clips.face import load_facenet
+from common.cli import command
+from common.files import atomic_write, read_json, write_json
 from guidance import stream_weights
-from results import FACTORS, compute, grid, keep_settings, number, read_json, report, write_json
-from run import command, write_beside
+from study import scores
+from study.evaluate import Models, generate, test_set
+from study.results import FACTORS, compute, grid, keep_settings, number, report
+from toy import world
+from training import plot
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[1]  # the repository
 TINY = HERE / "weights" / "tiny"
 SCALES = (3.0, 2.0, "text_first")  # text, reference, order: the base's own, for every training
 DEFAULT = {"placement": "tass", "augment_color": 0.3, "augment_pose": 0.5, "augment_layout": 0.5, "w_face": 1.0,
@@ -66,7 +67,7 @@ GUIDED = {"no reference": (3.0, 0.0, "text_first"), "one joint scale of 2": (2.0
           "one joint scale of 3": (3.0, 3.0, "text_first"), "reference first": (3.0, 2.0, "reference_first")}
 GRID = [(text, ref, "text_first") for text in (1.0, 2.0, 3.0, 5.0) for ref in (0.0, 1.0, 2.0, 3.0, 4.0)]  # first seed
 PARTS = (*list(TRAINED)[1:], "guidance")
-NETWORKS = ("face", "judge", "head")
+NETWORKS = ("face", "eval_encoder", "head")
 
 
 # -------------------------------------------------------------------------------------------------- what there is to do
@@ -119,7 +120,7 @@ def train_flags(task: Task, args: argparse.Namespace) -> list[str]:
 def commands(task: Task, args: argparse.Namespace) -> list[list[str]]:
     """What a task still needs, one command after another. train.py writes its weights at the very end, and at once."""
     same = ("folder", "steps", "batch", "people", "num_inference_steps", "checkpoint_path", "gemma_root", *NETWORKS)
-    score = [sys.executable, str(HERE / "ablate.py"), "score", *words(variant=task.variant, seed=task.seed),
+    score = [sys.executable, "-m", "study.ablate", "score", *words(variant=task.variant, seed=task.seed),
              *words(**{name: getattr(args, name) for name in same})]
     if task.part == "guidance" or task.weights(args.folder).exists():
         return [score]
@@ -151,7 +152,7 @@ class Children:
                 if self.stopped:
                     return -1
                 child = subprocess.Popen(line, stdout=file, stderr=file, stdin=subprocess.DEVNULL,
-                                         start_new_session=True, env={"OMP_NUM_THREADS": "1", **os.environ})
+                                         start_new_session=True, env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(HERE)})
                 self.alive.add(child)
             status = child.wait()
         with self.lock:
@@ -227,11 +228,11 @@ def score_run(task: Task, args: argparse.Namespace) -> tuple[dict[str, Tensor], 
     how = argparse.Namespace(num_inference_steps=args.num_inference_steps, text_scale=text_scale, ref_scale=ref_scale,
                              order=order, rescale=0.0, guide_range=(0.0, 1.0), guide_every=1, dtype="float32", seed=0)
     video = generate(m, data["captions"], data["references"][data["who"]], how, task.variant)
-    judge, head = load_facenet(args.judge), scores.load_head(args.head)
-    clips = scores.per_clip(video, data, judge, head)
+    eval_encoder, head = load_facenet(args.eval_encoder), scores.load_head(args.head)
+    clips = scores.per_clip(video, data, eval_encoder, head)
     clips["prompt"] = torch.stack([clips[name] for name in FACTORS]).mean(0)
     leaks = scores.leaks(video, data, head)
-    vectors, true = (scores.embed_clips(judge, v).flatten(0, 1) for v in (video, data["true"]))   # (5 n, E) each
+    vectors, true = (scores.embed_clips(eval_encoder, v).flatten(0, 1) for v in (video, data["true"]))   # (5 n, E) each
     whole = {name: value for name, (value, _) in leaks.items()} | {"frechet": scores.frechet(vectors, true)}
     choices = (world.ACTIONS, world.SCENES, world.LIGHTS, world.SHIRTS)
     chance = {name: 1 / len(table) for name, table in zip(FACTORS, choices, strict=True)}
@@ -267,7 +268,7 @@ def table(args: argparse.Namespace) -> bool:
     tasks = plan(args.only, args.seeds)
     records = {t: read_json(t.result(args.folder)) for t in tasks if t.result(args.folder).exists()}
     if not records:
-        raise ValueError(f"expected results in {args.folder}, got none; `python ablate.py run` makes them")
+        raise ValueError(f"expected results in {args.folder}, got none; `python -m study.ablate run` makes them")
 
     def of(variant: str) -> dict[int, dict]:
         return {t.seed: record for t, record in records.items() if t.variant == variant}
@@ -281,13 +282,13 @@ def table(args: argparse.Namespace) -> bool:
         lines += [f"## similarity / prompt, seed {args.seeds[0]}", "", *grid(first, args.folder / "grid.png"), ""]
     spent = {part: [record for t, record in records.items() if t.part == part] for part in ("default", *args.only)}
     lines = [*report(rows, of("default")), *lines, "## hours (training: in steps, one thread)", "", *compute(spent)]
-    write_beside(args.folder / "table.md", lambda beside: beside.write_text("\n".join(lines) + "\n"))
+    atomic_write(args.folder / "table.md", lambda beside: beside.write_text("\n".join(lines) + "\n"))
     print("\n".join(lines))
     return False
 
 
 def parse_arguments(line: list[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(prog="ablate.py", description=__doc__.split("\n")[0],
+    p = argparse.ArgumentParser(prog="study.ablate", description=__doc__.split("\n")[0],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = p.add_argument
     add("what", choices=["run", "score", "table"], help="train and score; score one training; make tables")
@@ -304,8 +305,8 @@ def parse_arguments(line: list[str] | None = None) -> argparse.Namespace:
     add("--checkpoint-path", type=Path, default=Path("runs/base.safetensors"), help="the base of all trainings")
     add("--gemma-root", type=Path, default=Path("runs/gemma"))
     add("--face", type=Path, default=Path("runs/face.safetensors"), help="recogniser of the identity loss")
-    add("--judge", type=Path, default=TINY / "judge.safetensors", help="recogniser that scores")
-    add("--head", type=Path, default=TINY / "head.safetensors", help="reads the head's position and angle")
+    add("--eval_encoder", type=Path, default=TINY / "eval_encoder.safetensors", help="recogniser that scores")
+    add("--head", type=Path, default=TINY / "head_pose.safetensors", help="reads the head's position and angle")
     add("--variant", default="default", help="score: which")
     add("--seed", type=int, default=0, help="score: which")
     return p.parse_args(line)
@@ -323,7 +324,7 @@ def main(line: list[str] | None = None) -> int:
         if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
             raise ValueError(f"expected different --seeds from 0 on, got {args.seeds}; each is a run of its own")
         failed.append({"run": run_tasks, "score": score, "table": table}[args.what](args))
-    return command("ablate.py", do) or int(any(failed))
+    return command("study.ablate", do) or int(any(failed))
 
 
 if __name__ == "__main__":

@@ -17,9 +17,9 @@ of weights, settings and code, and a killed evaluation goes on.
 paper:        no score and no number of it is known to us (ST-DRC, arXiv 2606.02441).
 our reading:  all scores, rows and levels of chance.
 
-    python evaluate.py                                  the tables of the README, evaluate.json and evaluate.png
-    python evaluate.py --tables evaluate.json           the same tables again, from the file alone
-    python evaluate.py --videos FOLDER --ref face.jpg --face arcface.safetensors        your own videos, see score_folder
+    python -m study.evaluate                                  the tables of the README, evaluate.json and evaluate.png
+    python -m study.evaluate --tables evaluate.json           the same tables again, from the file alone
+    python -m study.evaluate --videos FOLDER --ref face.jpg --face arcface.safetensors        your own videos, see score_folder
 
 Read next: ablate.py
 """
@@ -40,27 +40,30 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
-import scores
-import world
-from cache import content_hash
-from checkpoint import load_weights, read_metadata, shapes_from
-from clips import Faces, faces_for_clip, load_faces
+from clips.cache import content_hash
+from clips.face import FaceNet, align, faces_of, load_facenet, usable_landmarks
+from clips.frames import Bucket, Crop, decode, probe
+from clips.manifest import Faces, faces_for_clip, load_faces
+from clips.video import picks, save_sheet
+from common.cli import Parser, check_folder, check_ranges, command
+from common.files import read_json, write_json
 from denoise import INFERENCE, denoise, guidance_steps
-from face import FaceNet, align, faces_of, load_facenet, usable_landmarks
-from frames import Bucket, Crop, decode, probe
 from guidance import ORDERS
+from ltx.checkpoint import load_weights, read_metadata, shapes_from
+from ltx.text import TextEncoder
+from ltx.vae import VideoVAE, psnr
 from model import TRANSFORMER_PREFIX, TransformerConfig, VideoTransformer, ltx_sigmas
 from reference import encode_reference
-from results import COLUMNS, LEAKS, SHARES, number, read_json
-from run import Parser, check_folder, check_ranges, command, load_state, save_state, seeded, write_beside
-from text import TextEncoder
-from vae import VideoVAE, psnr
-from video import picks, save_sheet
+from study import scores
+from study.results import COLUMNS, LEAKS, SHARES, number
+from toy import world
+from training.run import load_state, save_state, seeded
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parents[1]  # the repository
 ROWS = ("own reference", "swapped", "no reference")
-CODE = ("denoise", "evaluate", "gemma", "guidance", "losses", "model", "reference", "rope", "text", "tokenizer", "vae",
-        "world")  # makes clips
+# What makes clips: kept ones are of use as long as these files stay as they are.
+CODE = ("denoise", "guidance", "losses", "model", "reference", "rope", "study/evaluate", "toy/world",
+        "ltx/gemma", "ltx/text", "ltx/tokenizer", "ltx/vae")
 IDENTITY, PROMPT = COLUMNS
 GB_PER_CLIP = 0.005  # estimated: ten copies of 9 frames of 64x64 pixels in float32 at a time
 VIDEOS = {".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi"}
@@ -162,20 +165,20 @@ def kept(path: Path, make: Callable[[], Tensor]) -> tuple[Tensor, float]:
         raise ValueError(f"expected the clips of a row in {path}, got {error}; delete that file") from None
 
 
-def score_row(video: Tensor, data: dict, judge: FaceNet, head: scores.HeadReader, real: Tensor) -> dict:
-    """Scores of clips (n, 3, F, h, w): name -> (mean, half width or None); real (m, E): judge vectors of true clips."""
-    each, leaks = scores.per_clip(video, data, judge, head), scores.leaks(video, data, head)
+def score_row(video: Tensor, data: dict, eval_encoder: FaceNet, head: scores.HeadPoseEstimator, real: Tensor) -> dict:
+    """Scores of clips (n, 3, F, h, w): name -> (mean, half width or None); real (m, E): eval_encoder vectors of true clips."""
+    each, leaks = scores.per_clip(video, data, eval_encoder, head), scores.leaks(video, data, head)
     mean = {name: scores.summarise(values) for name, values in each.items()}
     mean |= {name: (value, None) for name, (value, _) in leaks.items()}
-    mean["frechet"] = scores.frechet(scores.embed_clips(judge, video).flatten(0, 1), real), None
+    mean["frechet"] = scores.frechet(scores.embed_clips(eval_encoder, video).flatten(0, 1), real), None
     return {"scores": mean, "leaks_by_chance": {name: level for name, (_, level) in leaks.items()},
             "per_clip": {name: [number(value) for value in values.tolist()] for name, values in each.items()}}
 
 
-def chance_row(video: Tensor, data: dict, judge: FaceNet, head: scores.HeadReader, leaks: dict[str, float]) -> dict:
+def chance_row(video: Tensor, data: dict, eval_encoder: FaceNet, head: scores.HeadPoseEstimator, leaks: dict[str, float]) -> dict:
     """What clips get that have nothing to do with their reference and prompt; leaks: the permuted level of each."""
     people = len(data["references"])
-    other = scores.per_clip(video, with_person(data, (data["who"] + people // 2) % people), judge, head)
+    other = scores.per_clip(video, with_person(data, (data["who"] + people // 2) % people), eval_encoder, head)
     known = leaks | {"top1": 1 / people, "look_alike": 1 / 2, "action": 1 / len(world.ACTIONS),
                      "scene": 1 / len(world.SCENES), "light": 1 / len(world.LIGHTS), "shirt": 1 / len(world.SHIRTS)}
     mean = {name: scores.summarise(other[name]) for name in ("similarity", "min_frame", *LEAKS)}
@@ -199,12 +202,6 @@ def tables(rows: dict[str, dict], *groups: tuple[str, ...]) -> str:
         lines += [f"| {name} | " + " | ".join(cell(c, *row["scores"].get(c, (None,))) for c in group) + " |"
                   for name, row in rows.items()]
     return "\n".join(lines[1:])
-
-
-def write_json(path: Path, record: dict) -> None:
-    """NaN, which is no JSON, becomes null."""
-    standard = json.loads(json.dumps(record), parse_constant=lambda word: None)
-    write_beside(path, lambda p: p.write_text(json.dumps(standard) + "\n"))
 
 
 def arguments_of(args: argparse.Namespace) -> dict[str, str]:
@@ -231,7 +228,7 @@ def score_world(args: argparse.Namespace) -> None:
     for folder in (args.folder, output.parent):
         check_folder(folder)
     m = Models(args.checkpoint_path, args.gemma_root)
-    d, judge, head = m.config["inference"], load_facenet(args.judge), scores.load_head(args.head)
+    d, eval_encoder, head = m.config["inference"], load_facenet(args.eval_encoder), scores.load_head(args.head)
     for name in ("text_scale", "ref_scale", "rescale", "guide_range", "guide_every"):
         setattr(args, name, {**INFERENCE, **d}[name] if getattr(args, name) is None else getattr(args, name))
     guidance_steps(torch.ones(2), args.guide_range, args.guide_every)  # complains about what it cannot do
@@ -245,12 +242,12 @@ def score_world(args: argparse.Namespace) -> None:
     clips = {"true video": (true, 0.0)}
     with torch.no_grad():
         clips |= {name: kept(folder / f"{name.replace(' ', '_')}.safetensors", work) for name, work in make.items()}
-        real = scores.embed_clips(judge, train["true"]).flatten(0, 1)                     # (n * 5, E)
+        real = scores.embed_clips(eval_encoder, train["true"]).flatten(0, 1)                     # (n * 5, E)
     rows, own = {}, args.rows[0]
     for name, (video, seconds) in tqdm(clips.items(), desc="scoring", unit="row"):
-        rows[name] = score_row(video / 127.5 - 1, side[name], judge, head, real) | {"seconds": seconds}
+        rows[name] = score_row(video / 127.5 - 1, side[name], eval_encoder, head, real) | {"seconds": seconds}
     made = clips[own][0] / 127.5 - 1
-    rows["chance"] = chance_row(made, side[own], judge, head, rows[own]["leaks_by_chance"])
+    rows["chance"] = chance_row(made, side[own], eval_encoder, head, rows[own]["leaks_by_chance"])
     dB = psnr(clips["through the VAE"][0] / 127.5 - 1, true / 127.5 - 1).mean().item()
     record = {"rows": rows, "vae_psnr": dB, "seconds": round(time.time() - started, 1), "arguments": arguments_of(args)}
     people = [[picture, *clip[:, picks(clip.shape[1])[::2]].transpose(0, 1)] for picture, clip in
@@ -335,10 +332,10 @@ def score_folder(args: argparse.Namespace) -> None:
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
-    p = Parser("evaluate.py", description=__doc__.split("\n")[0],
+    p = Parser("study.evaluate", description=__doc__.split("\n")[0],
                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for flag, name in (("--checkpoint-path", "model.safetensors"), ("--gemma-root", "gemma"),
-                       ("--judge", "judge.safetensors"), ("--head", "head.safetensors")):
+                       ("--eval_encoder", "eval_encoder.safetensors"), ("--head", "head_pose.safetensors")):
         p.add_argument(flag, type=Path, default=HERE / "weights" / "tiny" / name)
     p.add_argument("--split", choices=["test", "val"], default="test", help="choose settings on val, report on test")
     p.add_argument("--people", type=int, default=256)
@@ -365,8 +362,8 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
 def main(words: list[str] | None = None) -> int:
     args = parse_arguments(words)
     if args.tables:
-        return command("evaluate.py", lambda: print(report(read_json(args.tables))))
-    return command("evaluate.py", lambda: score_folder(args) if args.videos else score_world(args))
+        return command("study.evaluate", lambda: print(report(read_json(args.tables))))
+    return command("study.evaluate", lambda: score_folder(args) if args.videos else score_world(args))
 
 
 if __name__ == "__main__":

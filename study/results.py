@@ -18,14 +18,13 @@ Read next: exercises.md
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import plot
-import scores
-from run import write_beside
+from common.files import atomic_write, read_json, write_json
+from study import scores
+from training import plot
 
 FACTORS = ("action", "scene", "light", "shirt")
 LEAKS = ("leak_scene", "leak_light", "leak_shirt")
@@ -41,21 +40,6 @@ def number(value: float) -> float | None:
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
-def read_json(path: Path) -> dict:
-    """Raises ValueError for what is no JSON object."""
-    try:
-        record = json.loads(path.read_bytes())
-    except ValueError:
-        record = None
-    if not isinstance(record, dict):
-        raise ValueError(f"expected a JSON object in {path}, got something else; delete it and run again")
-    return record
-
-
-def write_json(path: Path, record: dict) -> None:
-    write_beside(path, lambda beside: beside.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n"))
-
-
 def keep_settings(path: Path, settings: dict) -> dict:
     """Note what all results beside `path` share, or compare it with what was noted. Raises ValueError if it differs."""
     before = read_json(path) if path.exists() else settings
@@ -63,7 +47,7 @@ def keep_settings(path: Path, settings: dict) -> dict:
         raise ValueError(f"expected {key} = {before.get(key)}, with which {path} was begun, got {settings[key]}; "
                          "keep the old one, or choose another --folder")
     if not path.exists():
-        write_json(path, settings)
+        write_json(path, settings, indent=1)
     return settings
 
 
@@ -161,7 +145,7 @@ def grid(records: dict[tuple[float, float], dict], path: Path) -> list[str]:
     note = f"prompt accuracy in %; along a line the reference scale goes {', '.join(f'{r:g}' for r in refs)}"
     picture = plot.chart({f"text scale {t:g}": tuple(zip(*at, strict=True)) for t, at in points.items()},
                          "similarity to the reference, by prompt accuracy", note, 640, 420)
-    write_beside(path, lambda beside: picture.save(beside, format="PNG"))
+    atomic_write(path, lambda beside: picture.save(beside, format="PNG"))
     return markdown(["text scale", *(f"reference scale {r:g}" for r in refs)],
                     [[f"{t:g}", *(f"{found[t, r][1]:.3f} / {found[t, r][0]:.1f} %" if (t, r) in found else "not run"
                                   for r in refs)] for t in texts])

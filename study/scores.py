@@ -4,8 +4,8 @@ One cosine flatters: a recogniser calls a blur similar, and a model that pastes 
 each part of the promise has its own score, each can be computed for true clips, and each fails in its own way.
 our reading: all of them; no score of ST-DRC (arXiv 2606.02441) is known to us, only what it wants: the person, no copying.
 
-Frames: "five" = 0 2 4 6 8 of nine. J = judge network (weights/tiny/judge.safetensors: other people, width and seed
-than the recogniser that supervised training), on whole frames. H = `HeadReader` (weights/tiny/head.safetensors).
+Frames: "five" = 0 2 4 6 8 of nine. J = eval_encoder network (weights/tiny/eval_encoder.safetensors: other people, width and seed
+than the recogniser that supervised training), on whole frames. H = `HeadPoseEstimator` (weights/tiny/head_pose.safetensors).
 P = pixels, no network.
 
   similarity   J, H  five  mean cosine of frame and reference; a frame in which H finds no face counts 0
@@ -23,7 +23,7 @@ P = pixels, no network.
 Of a whole set: `leaks` (pose, position, pixels; each with its chance level) and `frechet` (of J's vectors).
 Conventions: videos (n, 3, F, h, w), pictures (P, 3, h, w) in [-1, 1]; poses x, y, scale, yaw, pitch, mouth (world.py).
 
-    scores = per_clip(video, data, load_facenet("judge.safetensors"), load_head("head.safetensors"))
+    scores = per_clip(video, data, load_facenet("eval_encoder.safetensors"), load_head("head_pose.safetensors"))
     mean, half_width = summarise(scores["similarity"])
 
 Read next: evaluate.py
@@ -38,9 +38,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-import world
-from checkpoint import open_file
-from face import FaceNet
+from clips.face import FaceNet
+from ltx.checkpoint import open_file
+from toy import world
 
 SCORES = ("similarity", "top1", "look_alike", "found", "drift", "min_frame", "action", "scene", "light", "shirt",
           "leak_scene", "leak_light", "leak_shirt", "flicker")
@@ -57,12 +57,12 @@ NORMAL = 1.960
 
 
 # ---------------------------------------------------------------------------------------------------- where the head is
-class HeadReader(nn.Module):
+class HeadPoseEstimator(nn.Module):
     """Reads presence and pose of the head off a frame: (B, 3, 64, 64) in [-1, 1] -> (B, 7).
 
     Column 0 is the logit of "there is a face", columns 1-6 are x, y, scale, yaw, pitch, mouth as in world's poses.
     Seven convolutions, four of them halving, then two linear layers that see where in the frame everything was. Trained
-    by `python pretrain.py head`. Raises ValueError for frames of another size.
+    by `python -m toy.pretrain head`. Raises ValueError for frames of another size.
     """
 
     STRIDES = (2, 2, 1, 2, 1, 2, 1)
@@ -87,20 +87,20 @@ class HeadReader(nn.Module):
         return torch.cat([y[:, :1], y.new_tensor(POSE_MIDDLE) + y[:, 1:] * y.new_tensor(POSE_SPREAD)], dim=1)
 
 
-def load_head(path: str | Path) -> HeadReader:
-    """Read a HeadReader from safetensors, frozen; widths follow from the tensors. Raises ValueError, one line."""
+def load_head(path: str | Path) -> HeadPoseEstimator:
+    """Read a HeadPoseEstimator from safetensors, frozen; widths follow from the tensors. Raises ValueError, one line."""
     with open_file(path) as file:
         stored = {name: file.get_slice(name).get_shape() for name in file.keys()}
-        names = [f"convs.{i}.weight" for i in range(len(HeadReader.STRIDES))] + ["fc.weight"]
+        names = [f"convs.{i}.weight" for i in range(len(HeadPoseEstimator.STRIDES))] + ["fc.weight"]
         if missing := [name for name in names if name not in stored]:
-            raise ValueError(f"expected a head reader in {path}, got no {missing[0]}; `pretrain.py head` makes one")
+            raise ValueError(f"expected a head-pose estimator in {path}, got no {missing[0]}; `pretrain.py head` makes one")
         with torch.device("meta"):
-            net = HeadReader([stored[name][0] for name in names[:-1]], stored["fc.weight"][0])
+            net = HeadPoseEstimator([stored[name][0] for name in names[:-1]], stored["fc.weight"][0])
         wanted = {name: list(t.shape) for name, t in net.state_dict().items() if t.is_floating_point()}
         for name in wanted.keys() | stored.keys():
             if stored.get(name) != wanted.get(name):
                 raise ValueError(f"expected {name} of shape {wanted.get(name)} in {path}, got {stored.get(name)}; "
-                                 "`python pretrain.py head` makes a new one")
+                                 "`python -m toy.pretrain head` makes a new one")
         tensors = {name: file.get_tensor(name).float() for name in wanted}
     counts = {name: torch.tensor(0) for name in net.state_dict() if name not in wanted}
     net.load_state_dict(tensors | counts, assign=True)
@@ -108,7 +108,7 @@ def load_head(path: str | Path) -> HeadReader:
 
 
 @torch.no_grad()
-def read_heads(head: HeadReader, video: Tensor) -> tuple[Tensor, Tensor]:
+def read_heads(head: HeadPoseEstimator, video: Tensor) -> tuple[Tensor, Tensor]:
     """Where the head is in every frame: video (n, 3, F, 64, 64) -> found (n, F) bool, poses (n, F, 6)."""
     n, _, F, _, _ = video.shape
     frames = video.transpose(1, 2).flatten(0, 1)                                          # (n * F, 3, 64, 64)
@@ -197,11 +197,11 @@ def flicker(video: Tensor, found: Tensor, poses: Tensor) -> Tensor:
 
 # --------------------------------------------------------------------------------------------------------------- scores
 @torch.no_grad()
-def embed_clips(judge: FaceNet, video: Tensor) -> Tensor:
+def embed_clips(eval_encoder: FaceNet, video: Tensor) -> Tensor:
     """Judge vectors of five frames, evenly from first to last (0 2 4 6 8 of nine): (n, 3, F, h, w) -> (n, 5, E)."""
     moments = torch.linspace(0, video.shape[2] - 1, 5).round().long()
     frames = video[:, :, moments].transpose(1, 2)                                         # (n, 5, 3, h, w)
-    return torch.cat([judge(part.flatten(0, 1)) for part in frames.split(16)]).unflatten(0, (len(video), 5))
+    return torch.cat([eval_encoder(part.flatten(0, 1)) for part in frames.split(16)]).unflatten(0, (len(video), 5))
 
 
 def check_data(video: Tensor, data: dict[str, Tensor], names: dict[str, tuple]) -> None:
@@ -215,12 +215,12 @@ def check_data(video: Tensor, data: dict[str, Tensor], names: dict[str, tuple]) 
 
 
 @torch.no_grad()
-def identity_scores(video: Tensor, found: Tensor, data: dict[str, Tensor], judge: FaceNet) -> dict[str, Tensor]:
+def identity_scores(video: Tensor, found: Tensor, data: dict[str, Tensor], eval_encoder: FaceNet) -> dict[str, Tensor]:
     """Similarity, top1, look_alike, drift and min_frame, each (n,), as the header defines them; found (n, F)."""
     who = data["who"]
     seen = found[:, torch.linspace(0, found.shape[1] - 1, 5).round().long()]              # (n, 5)
-    vectors = embed_clips(judge, video) * seen[..., None]                                 # no face: cosine 0 to all
-    references, alike = judge(data["references"]), judge(data["alike"])                   # (P, E)
+    vectors = embed_clips(eval_encoder, video) * seen[..., None]                                 # no face: cosine 0 to all
+    references, alike = eval_encoder(data["references"]), eval_encoder(data["alike"])                   # (P, E)
     own = torch.einsum("nfe,ne->nf", vectors, references[who])                            # (n, 5)
     other = torch.einsum("nfe,ne->nf", vectors, alike[who]).mean(1)                       # (n,)
     nearest = (vectors.mean(1) @ references.T).argmax(1)
@@ -230,7 +230,7 @@ def identity_scores(video: Tensor, found: Tensor, data: dict[str, Tensor], judge
             "drift": own[:, :2].mean(1) - own[:, 3:].mean(1), "min_frame": own.amin(1)}
 
 
-def per_clip(video: Tensor, data: dict[str, Tensor], judge: FaceNet, head: HeadReader) -> dict[str, Tensor]:
+def per_clip(video: Tensor, data: dict[str, Tensor], eval_encoder: FaceNet, head: HeadPoseEstimator) -> dict[str, Tensor]:
     """All scores of the header for clips (n, 3, F, 64, 64): name -> (n,) float32, NaN where a score does not apply.
 
     data: who (n,) row of the person that each clip should show, references and alike (P, 3, h, w) in [-1, 1], setting
@@ -240,7 +240,7 @@ def per_clip(video: Tensor, data: dict[str, Tensor], judge: FaceNet, head: HeadR
     check_data(video, data, {"who": (), "setting": (3,), "ref_setting": (3,), "action": ()})
     video = video.float().clamp(-1, 1)
     found, poses = read_heads(head, video)
-    out = identity_scores(video, found, data, judge) | {"found": found.float().mean(1)}
+    out = identity_scores(video, found, data, eval_encoder) | {"found": found.float().mean(1)}
     moved = read_action(fill_lost(found, poses)) == data["action"]
     out["action"] = (moved & (found.float().mean(1) >= 0.5)).float()
     shown, asked, ref = read_setting(video), data["setting"], data["ref_setting"]         # (n, 3) each
@@ -260,7 +260,7 @@ def correlation(a: Tensor, b: Tensor) -> float:
     return ((a * b).sum(0) / (a.norm(dim=0) * b.norm(dim=0)).clamp_min(1e-12)).mean().item()
 
 
-def leaks(video: Tensor, data: dict[str, Tensor], head: HeadReader) -> dict[str, tuple[float, float]]:
+def leaks(video: Tensor, data: dict[str, Tensor], head: HeadPoseEstimator) -> dict[str, tuple[float, float]]:
     """What of the reference shows in frame 0 of a whole set, as (leak, its chance level); 1 is a perfect copy.
 
     pose: correlation over clips of the reference's yaw and pitch with those of frame 0 (mean of the two); position: the

@@ -35,14 +35,14 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import text as text_module
-from checkpoint import load_weights, read_metadata
-from gemma import load_gemma
 from losses import clean_estimate
+from ltx import text as text_module
+from ltx.checkpoint import load_weights, read_metadata
+from ltx.gemma import load_gemma
+from ltx.tokenizer import Tokenizer
+from ltx.vae import VideoVAE, patch_pixels, unpatch_pixels
 from model import TransformerConfig, VideoTransformer, blend_clean, euler_step, ltx_guidance, ltx_sigmas, training_sigmas
 from rope import apply_rotary, rotary_frequencies, rotary_tables
-from tokenizer import Tokenizer
-from vae import VideoVAE, patch_pixels, unpatch_pixels
 
 TOLERANCE = 1e-4
 Result = tuple[str, float]  # case, largest absolute difference

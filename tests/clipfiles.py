@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from clips import draw_reference
-from frames import parse_buckets
+from clips.frames import parse_buckets
+from clips.manifest import draw_reference
 
 STEP = 6            # grey levels between neighbouring frames; codecs err by less than half of it
 SMALL = parse_buckets("32x48x9,48x32x9,32x48x1,48x32x1", time_scale=4, space_scale=8)

@@ -19,11 +19,10 @@ import pytest
 import torch
 from PIL import Image
 
-import ablate
-import results
 import train
 from guidance import stream_weights
 from rope import PLACEMENTS
+from study import ablate, results
 
 ROOT = Path(ablate.__file__).resolve().parent
 TINY = ROOT / "weights" / "tiny"
@@ -34,7 +33,7 @@ PARTS, SEEDS = list(ablate.PARTS), [0, 1, 2]
 def networks(tmp_path):
     """Files for the flags that name files; the stand-ins never read them."""
     flags = []
-    for name in ("checkpoint-path", "face", "judge", "head"):
+    for name in ("checkpoint-path", "face", "eval_encoder", "head"):
         (tmp_path / name).write_text(name)
         flags += [f"--{name}", str(tmp_path / name)]
     return [*flags, "--folder", str(tmp_path / "out")]
@@ -168,7 +167,7 @@ def test_a_failed_child_is_reported_the_others_go_on_and_the_status_is_1(network
 LONG = """
 import signal, sys, time
 sys.path.insert(0, {root!r})
-import ablate
+from study import ablate
 CHILD = '''
 import pathlib, signal, sys, time
 def save(number, frame):
@@ -297,7 +296,7 @@ def test_without_results_or_with_a_damaged_one_the_table_says_so_in_one_line(tmp
 def test_commands_that_cannot_be_meant_are_refused_in_one_line(networks, tmp_path, capsys):
     for words, expected in ((["--jobs", "0"], "--jobs"), (["--steps", "0"], "--steps"), (["--people", "2"], "--people"),
                             (["--seeds", "1", "1"], "different --seeds"), (["--seeds", "-1"], "different --seeds"),
-                            (["--minutes", "nan"], "--minutes"), (["--judge", "nowhere"], "--judge")):
+                            (["--minutes", "nan"], "--minutes"), (["--eval_encoder", "nowhere"], "--eval_encoder")):
         assert ablate.main(["run", *networks, *words]) == 2
         error = capsys.readouterr().err
         assert error.startswith("ablate.py: error: expected") and expected in error and error.count("\n") == 1, error

@@ -8,8 +8,7 @@ import torch
 
 pytest.importorskip("diffusers", reason="the second implementation is not installed")
 
-import bench
-
+from bench import speed as bench
 from model import TransformerConfig
 
 

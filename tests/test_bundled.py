@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 
 import sample
-import world
-from checkpoint import open_file, read_metadata
-from face import load_facenet
+from clips.face import load_facenet
+from ltx.checkpoint import open_file, read_metadata
+from ltx.vae import VideoVAE
 from model import TransformerConfig, VideoTransformer
-from pretrain import face_views
-from run import seeded
-from vae import VideoVAE
+from toy import world
+from toy.pretrain import face_views
+from training.run import seeded
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = ROOT / "weights" / "tiny"
@@ -90,7 +90,7 @@ def test_a_photograph_gives_a_video_and_one_line_that_says_what_this_checkpoint_
     assert "procedural world" not in "".join(capsys.readouterr())
 
 
-@pytest.mark.parametrize("name", ["face", "judge"])
+@pytest.mark.parametrize("name", ["face", "eval_encoder"])
 def test_the_recognisers_tell_unseen_people_apart(name):
     net = load_facenet(WEIGHTS / f"{name}.safetensors")
     g = seeded(8)
@@ -107,6 +107,6 @@ def test_the_recognisers_tell_unseen_people_apart(name):
 
 
 def sample_crops(pictures, boxes, size):
-    from face import square
+    from clips.face import square
     from losses import crop_faces
     return crop_faces(pictures, square(boxes), size)

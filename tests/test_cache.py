@@ -24,12 +24,12 @@ import torch
 from clipfiles import SMALL, WIDE, manifest, write
 from torch import nn
 
-import cache
-from cache import cache_contexts, cache_latents, content_hash, text_key
-from checkpoint import open_file, write_file
-from clips import check
-from frames import Bucket, Unusable, load_clip
-from text import CONNECTOR_PREFIX, EXTRACTOR_PREFIX, TextEncoder
+from clips import cache
+from clips.cache import cache_contexts, cache_latents, content_hash, text_key
+from clips.frames import Bucket, Unusable, load_clip
+from clips.manifest import check
+from ltx.checkpoint import open_file, write_file
+from ltx.text import CONNECTOR_PREFIX, EXTRACTOR_PREFIX, TextEncoder
 
 
 class Mean(nn.Module):
@@ -262,7 +262,7 @@ def run(arguments: list[str], seconds: float, told: Path) -> None:
         time.sleep(seconds)
         return load_clip(*arguments)
 
-    cache.load_clip, sys.argv = slow, ["cache.py", *arguments]
+    cache.load_clip, sys.argv = slow, ["clips.cache", *arguments]
     sys.stdout = sys.stderr = told.open("w")
     status = cache.main()
     sys.stdout.flush()
@@ -385,7 +385,7 @@ def command(tmp_path, model):
 
 
 def call(monkeypatch, capsys, arguments) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["cache.py", *arguments])
+    monkeypatch.setattr(sys, "argv", ["clips.cache", *arguments])
     status = cache.main()
     return status, *capsys.readouterr()
 

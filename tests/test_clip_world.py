@@ -12,18 +12,18 @@ from collections import defaultdict
 from fractions import Fraction
 
 import av
-import clip_world
 import numpy as np
 import pytest
 import torch
-from clip_world import BROKEN, KINDS, number_rows, plan_clips, render_at, stored_time, write_clips
 from PIL import Image
 from safetensors.torch import load_file
 
-import world
-from clips import box_mask, check, draw_reference, faces_for_clip, load_faces
-from face import usable_landmarks
-from frames import clip_times, cover, load_clip, parse_buckets
+from bench import clip_world
+from bench.clip_world import BROKEN, KINDS, number_rows, plan_clips, render_at, stored_time, write_clips
+from clips.face import usable_landmarks
+from clips.frames import clip_times, cover, load_clip, parse_buckets
+from clips.manifest import box_mask, check, draw_reference, faces_for_clip, load_faces
+from toy import world
 
 PEOPLE, CLIPS, SEED = 12, 36, 0
 BUCKETS = parse_buckets("64x64x9,64x64x1", time_scale=4, space_scale=8)

@@ -28,9 +28,9 @@ from clipfiles import (
 )
 from PIL import Image
 
-import clips
-from clips import box_mask, check, draw_reference, faces_for_clip, load_faces, read_manifest
-from frames import Bucket, clip_times, cover, load_clip
+from clips import manifest as clips
+from clips.frames import Bucket, clip_times, cover, load_clip
+from clips.manifest import box_mask, check, draw_reference, faces_for_clip, load_faces, read_manifest
 
 # ------------------------------------------------------------ manifest and check
 
@@ -150,7 +150,7 @@ def test_the_command_ends_with_0_1_or_2(tmp_path, monkeypatch, capsys):
                                      (["check", "some.jsonl"], 1, "row 2: missing file: "),
                                      (["check", "none.jsonl"], 2, ""),
                                      (["check", "good.jsonl", "--frame-rate", "0"], 2, "")):
-        monkeypatch.setattr(sys, "argv", ["clips.py", *arguments, *options])
+        monkeypatch.setattr(sys, "argv", ["clips.manifest", *arguments, *options])
         assert clips.main() == status, arguments
         out, err = capsys.readouterr()
         assert words in out and (status != 2 or (out == "" and err.startswith("clips.py: error: expected ")))

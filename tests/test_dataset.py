@@ -13,7 +13,6 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from clip_world import plan_clips
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
@@ -21,13 +20,22 @@ from safetensors.torch import load_file
 from test_recipe import CLIPS, LARGE, PEOPLE, SEED, bench, parsed, words  # noqa: F401  (bench is a fixture)
 
 import train
-from cache import CachedLatents
-from clips import box_mask, check, draw_reference
-from dataset import Batch, Order, RealClips, captions_of, clip_rows, open_manifest, share
-from frames import parse_buckets
+from bench.clip_world import plan_clips
+from clips.cache import CachedLatents
+from clips.dataset import (
+    Batch,
+    Order,
+    RealClips,
+    captions_of,
+    clip_rows,
+    open_manifest,
+    shard_indices,
+)
+from clips.frames import parse_buckets
+from clips.manifest import box_mask, check, draw_reference
 from losses import IDENTITY_MAX_SIGMA, pool_face_mask
 from reference import letterbox, patchify
-from run import seeded
+from training.run import seeded
 
 # ------------------------------------------------------------ which clips
 
@@ -85,7 +93,7 @@ def test_an_order_without_clips_is_refused_with_advice():
 @given(world=st.integers(1, 5), size=st.integers(1, 4), accumulate=st.integers(1, 4))
 def test_the_shares_of_all_processes_are_a_partition_of_the_step(world, size, accumulate):
     indices = [100 + k for k in range(world * size * accumulate)]
-    shares = [share(indices, rank, world, size) for rank in range(world)]
+    shares = [shard_indices(indices, rank, world, size) for rank in range(world)]
     assert all(len(part) == size * accumulate for part in shares)
     assert sorted(pair for part in shares for pair in part) == list(enumerate(indices))
 

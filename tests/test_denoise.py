@@ -8,7 +8,7 @@ import torch
 from tiny import SIZES, livelier
 
 from denoise import denoise, forwards, guidance_steps
-from guidance import ORDERS, guide, keep_arrows
+from guidance import ORDERS, cached_deltas, guide
 from model import VideoTransformer, ltx_sigmas
 from rope import grid_to_positions, reference_grid, video_grid
 
@@ -145,7 +145,7 @@ def test_kept_arrows_are_laid_onto_the_new_first_stream():
                 calls.append((text, ref))
                 return arrows[text, ref] + shift
 
-            cheap = guide(keep_arrows(predict, kept, fresh=step == 0), 3.0, 2.0, order)
+            cheap = guide(cached_deltas(predict, kept, fresh=step == 0), 3.0, 2.0, order)
             assert len(calls) == (3 if step == 0 else 1)
             difference = (cheap - guide(predict, 3.0, 2.0, order)).abs().max().item()
             assert difference < 1e-6, f"{order}, step {step}: {difference}"

@@ -15,20 +15,20 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import evaluate
-import world
-from evaluate import cell, kept, settings_key, tables, with_person
-from face import square, template
-from run import seeded
-from video import VideoWriter, to_frames
+from clips.face import square, template
+from clips.video import VideoWriter, to_frames
+from study import evaluate
+from study.evaluate import cell, kept, settings_key, tables, with_person
+from toy import world
+from training.run import seeded
 
 TINY = Path(evaluate.__file__).parent / "weights" / "tiny"
 SIZE, FRAMES = 128, 9
 
 
 def run(monkeypatch, capsys, *words) -> tuple[int, str, str]:
-    """Exit status, stdout and stderr of `python evaluate.py words`."""
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
+    """Exit status, stdout and stderr of `python -m study.evaluate words`."""
+    monkeypatch.setattr(sys, "argv", ["study.evaluate", *map(str, words)])
     status = evaluate.main()
     out, err = capsys.readouterr()
     return status, out, err
@@ -148,7 +148,7 @@ def test_tables_have_a_row_for_each_kind_of_clips_and_a_column_for_each_score():
 
 
 def test_every_score_has_its_column():
-    from scores import SCORES
+    from study.scores import SCORES
 
     columns = [*evaluate.IDENTITY, *evaluate.PROMPT]
     assert sorted(columns) == sorted([*SCORES, "frechet", "pose", "position", "pixels"])
@@ -334,7 +334,7 @@ def test_faces_files_may_lie_in_a_folder_of_their_own(own, tmp_path, monkeypatch
 
 def refused(monkeypatch, capsys, words, told: str) -> None:
     status, out, err = run(monkeypatch, capsys, *words)
-    lines = [line for line in err.replace("\r", "\n").split("\n") if line.startswith("evaluate.py")]
+    lines = [line for line in err.replace("\r", "\n").split("\n") if line.startswith("study.evaluate")]
     assert status == 2 and out == "" and len(lines) == 1, err
     assert lines[0].startswith("evaluate.py: error: ") and told in lines[0] and "; " in lines[0], lines[0]
 
@@ -367,4 +367,4 @@ def test_bad_own_videos_are_one_line_and_nothing_is_written(own, monkeypatch, ca
 def test_bad_evaluations_are_one_line(tmp_path, monkeypatch, capsys):
     refused(monkeypatch, capsys, ["--people", 1], "expected --people between 2 and")
     refused(monkeypatch, capsys, ["--checkpoint-path", tmp_path / "no.safetensors"], "no.safetensors")
-    refused(monkeypatch, capsys, ["--head", TINY / "judge.safetensors"], "head")
+    refused(monkeypatch, capsys, ["--head", TINY / "eval_encoder.safetensors"], "head")

@@ -14,10 +14,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-import face
-import world
-from face import FaceNet, align, faces_of, load_facenet, similarity_transform, square, template, usable_landmarks
+from clips import face
+from clips.face import FaceNet, align, faces_of, load_facenet, similarity_transform, square, template, usable_landmarks
 from losses import crop_faces, identity_loss
+from toy import world
 
 PUBLISHED = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 14, 3), 100: (3, 13, 30, 3)}
 WIDTHS = (64, 64, 128, 256, 512)
@@ -205,14 +205,14 @@ def test_a_file_of_another_kind_is_named_in_one_line(tmp_path, name, content, sa
     assert "\n" not in str(caught.value) and "; " in str(caught.value) and "ltx" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["face", "judge"])
+@pytest.mark.parametrize("name", ["face", "eval_encoder"])
 def test_the_bundled_recognisers_load_and_know_a_person_again(name):
     path = Path(__file__).parent.parent / "weights" / "tiny" / f"{name}.safetensors"
     net, g, person = load_facenet(path), torch.Generator().manual_seed(3), world.people("test", 16)
 
     def embed(people):
         frames, boxes = world.draw_references(people, world.draw_settings(16, g), g)
-        return net(frames if name == "judge" else faces_of(frames, boxes, size=net.size))
+        return net(frames if name == "eval_encoder" else faces_of(frames, boxes, size=net.size))
 
     cosine = embed(person) @ embed(person).T
     assert cosine.diag().mean() > 0.9 and (cosine.mean() - cosine.diag().mean() / 16) < 0.1

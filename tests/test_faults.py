@@ -1,6 +1,6 @@
 """Numbers that are none, files that are half, disks that are full: what happens then, and that two runs are one.
 
-The faults of torture_faults.py with few moments (`python tests/torture.py` has them all), and what each of the shared
+The faults of torture_faults.py with few moments (`python -m bench.torture` has them all), and what each of the shared
 places promises by itself: run.py's checks and states, pretrain.py's maps, evaluate.py's rows.
 
 Same seed, same machine, same bytes: shown for two processes with different hash seeds.
@@ -20,23 +20,25 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from torture_faults import ROOM, WORKS, WRITERS, bench, caching, full, readers, start, stop, straight, training
 
-import dataset
-import evaluate
-import pretrain
 import train
-import validate
-from optim import Average, MuonAdamW
-from run import Run, check_folder, check_ranges, command, write_beside
-from world import TRAITS
+from bench.torture.faults import ROOM, WORKS, WRITERS, bench, caching, full, readers, start, stop, straight, training
+from clips import dataset
+from common.cli import check_folder, check_ranges, command
+from common.files import atomic_write
+from study import evaluate
+from toy import pretrain
+from toy.world import TRAITS
+from training import validate
+from training.optim import EMA, MuonAdamW
+from training.run import Run
 
 ROOT = Path(train.__file__).resolve().parent
 
 
 def toy(folder: Path, name: str = "w", **options) -> Run:
     named = {name: nn.Parameter(torch.zeros(2, 2))}
-    return Run(folder, named, MuonAdamW({}, named), Average(named), **options)
+    return Run(folder, named, MuonAdamW({}, named), EMA(named), **options)
 
 
 def told(capsys) -> str:
@@ -160,7 +162,7 @@ def test_what_safetensors_calls_a_full_disk_is_an_error_of_the_system(tmp_path):
         raise SafetensorError("No space left on device")
 
     with pytest.raises(OSError, match="x.safetensors: No space left on device; make room"):
-        write_beside(target, fail)
+        atomic_write(target, fail)
     assert target.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
@@ -205,7 +207,7 @@ def test_latents_get_their_name_when_they_are_whole(at):
 
     videos = np.zeros((3, 9, 64, 64, 3), np.uint8)
     with pytest.raises(KeyboardInterrupt):
-        write_beside(at / "latents.npy", lambda path: pretrain.encode_clips(Stopped(), videos, path))
+        atomic_write(at / "latents.npy", lambda path: pretrain.encode_clips(Stopped(), videos, path))
     assert not list(at.iterdir())
 
 

@@ -13,8 +13,8 @@ import torch
 from clipfiles import KINDS, SMALL, TURNS, WIDE, draw_moving, grey, indices, need, write
 from PIL import Image
 
-import frames
-from frames import (
+from clips import frames
+from clips.frames import (
     Bucket,
     Unusable,
     choose_bucket,

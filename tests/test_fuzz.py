@@ -34,26 +34,25 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-import ablate
-import cache
-import checkpoint
-import clips
-import evaluate
-import face
-import pretrain
 import sample
 import train
-from checkpoint import check_weights, load_weights, parse_json, read_metadata, shapes_from
-from clips import faces_for_clip, load_faces, read_manifest
-from frames import Bucket, Unusable, cover, open_picture, probe
-from gemma import GemmaConfig, GemmaTextModel, _gemma_files, load_gemma
-from lora import read_lora
+from clips import cache, face
+from clips import manifest as clips
+from clips.frames import Bucket, Unusable, cover, open_picture, probe
+from clips.manifest import faces_for_clip, load_faces, read_manifest
+from common.files import parse_json
+from ltx import checkpoint
+from ltx.checkpoint import check_weights, load_weights, read_metadata, shapes_from
+from ltx.gemma import GemmaConfig, GemmaTextModel, _gemma_files, load_gemma
+from ltx.lora import read_lora
+from ltx.text import check_text
+from ltx.tokenizer import Tokenizer, train_bpe
+from ltx.vae import VideoVAE
 from model import TRANSFORMER_PREFIX, TransformerConfig, VideoTransformer
 from reference import letterbox
-from run import load_state
-from text import check_text
-from tokenizer import Tokenizer, train_bpe
-from vae import VideoVAE
+from study import ablate, evaluate
+from toy import pretrain
+from training.run import load_state
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "weights" / "tiny"
@@ -416,13 +415,13 @@ def test_a_damaged_tokenizer_is_refused_in_one_line_or_encodes_every_prompt(time
     flat["model"]["vocab"] = dict(list(flat["model"]["vocab"].items())[-40:])  # more damage outside of the 300 pieces
     written = json.dumps(good).encode()
 
-    def whole(data: object) -> bytes:
+    def full_tensor(data: object) -> bytes:
         with contextlib.suppress(TypeError, KeyError, AttributeError):
             data["model"]["vocab"] = good["model"]["vocab"] | data["model"]["vocab"]
         return json.dumps(data).encode()
 
     @examples(200, times)
-    @given(st.one_of(damage(written), changed(good).map(lambda d: json.dumps(d).encode()), changed(flat).map(whole)))
+    @given(st.one_of(damage(written), changed(good).map(lambda d: json.dumps(d).encode()), changed(flat).map(full_tensor)))
     def holds(data):
         path.write_bytes(data)
         tokenizer = outcome(Tokenizer, path)
@@ -513,8 +512,8 @@ def parsers():
     def cache_only(words):
         cache.main(["/nowhere/m.jsonl", "--checkpoint-path", "/nowhere/w", "--gemma-root", "/nowhere/g", *words])
 
-    return {"train.py": train_only, "evaluate.py": evaluate_only, "pretrain.py": pretrain.parse_arguments,
-            "ablate.py": ablate.parse_arguments, "clips.py": clips_only, "cache.py": cache_only,
+    return {"train.py": train_only, "study.evaluate": evaluate_only, "toy.pretrain": pretrain.parse_arguments,
+            "study.ablate": ablate.parse_arguments, "clips.manifest": clips_only, "clips.cache": cache_only,
             "sample.py": lambda words: sample.build_parser().parse_args(words)}
 
 

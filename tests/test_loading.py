@@ -24,17 +24,16 @@ from safetensors.torch import load_file, save_file
 if __name__ == "__main__":  # pytest finds the repository root through conftest.py
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import load_memory
-import official
 from tiny import write_tiny
 
-import checkpoint
 import sample
-from checkpoint import check_weights, load_weights, open_file, read_metadata
-from gemma import GemmaConfig, GemmaTextModel
+from bench import load_memory, official
+from ltx import checkpoint
+from ltx.checkpoint import check_weights, load_weights, open_file, read_metadata
+from ltx.gemma import GemmaConfig, GemmaTextModel
+from ltx.text import CONNECTOR_PREFIX, EXTRACTOR_PREFIX, Connector, FeatureExtractor
+from ltx.vae import VideoVAE
 from model import TransformerConfig, VideoTransformer
-from text import CONNECTOR_PREFIX, EXTRACTOR_PREFIX, Connector, FeatureExtractor
-from vae import VideoVAE
 
 MODEL = official.MODEL
 
@@ -114,7 +113,7 @@ def test_every_name_and_shape_of_gemma_12b_is_the_published_one():
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def full_tensor(tmp_path_factory):
     """A checkpoint with all official names and one without the sound's; the config."""
     config, folder = official.narrow_config(), tmp_path_factory.mktemp("whole")
     shapes = {}

@@ -12,9 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_model import PREFIX, SMALL, build, difference, diffusers_twin, inputs
 
-import checkpoint
-import lora
 import model as m
+from ltx import checkpoint, lora
 
 # The recipe's targets, and the linears whose names differ between LTX-2.3 and Diffusers.
 EVERYWHERE = lora.LORA_TARGETS + ("to_gate_logits", "patchify_proj", "adaln_single.linear", "proj_out")

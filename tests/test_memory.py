@@ -15,10 +15,10 @@ import torch
 from tiny import SIZES, config, write_tiny
 from torch import nn
 
-import memory
-from checkpoint import load_weights, read_metadata
-from gemma import load_gemma
-from memory import BlockStream, CastLinear, HostStream, cast_linears, load_streamed, stream_blocks, to_float8
+from ltx import offload as memory
+from ltx.checkpoint import load_weights, read_metadata
+from ltx.gemma import load_gemma
+from ltx.offload import BlockStream, CastLinear, HostStream, cast_linears, load_streamed, stream_blocks, to_float8
 from model import TransformerConfig, VideoTransformer
 from rope import grid_to_positions, reference_grid, video_grid
 

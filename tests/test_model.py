@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import checkpoint as c
 import model as m
+from ltx import checkpoint as c
 from rope import grid_to_positions, reference_grid, video_grid
 
 GOLDEN = Path(__file__).parent / "golden"

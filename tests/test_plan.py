@@ -16,11 +16,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as m
-import plan as p
-from checkpoint import load_weights
+from ltx import plan as p
+from ltx.checkpoint import load_weights
+from ltx.text import TextEncoder
+from ltx.vae import VideoVAE
 from model import TransformerConfig, VideoTransformer
-from text import TextEncoder
-from vae import VideoVAE
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import plot
+from training import plot
 
 ROOT = Path(__file__).resolve().parent.parent
 PIXELS = 1.5  # half a line's width, and rounding to half pixels
@@ -332,7 +332,7 @@ def test_the_command_draws_two_runs_under_the_names_of_their_folders(tmp_path, m
 
 def test_the_command_runs_from_any_folder(tmp_path):
     write(tmp_path / "a" / "log.jsonl", [{"step": i, "seconds": 1.0, "loss": 1.0 / (1 + i)} for i in range(3)])
-    command = [sys.executable, str(ROOT / "plot.py"), "a/log.jsonl"]
+    command = [sys.executable, str(ROOT / "training.plot"), "a/log.jsonl"]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert run.returncode == 0 and run.stdout == "wrote curves.png\n", run.stderr
     with Image.open(tmp_path / "curves.png") as image:

@@ -13,10 +13,10 @@ import shutil
 import sys
 from pathlib import Path
 
-import exercises
 import pytest
 
-import ablate
+from bench import exercises
+from study import ablate
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "exercises.md") if (ROOT / name).exists()}
@@ -44,7 +44,7 @@ def program(command: str) -> tuple[str, list[str]] | None:
 
 CALLS = sorted({call[0] for text in TEXTS.values() for c in commands(text) if (call := program(c))})
 RUN = [c for text in TEXTS.values() for c in dict.fromkeys(commands(text))
-       if (call := program(c)) and not call[1] and (ROOT / call[0]).is_file() and call[0] != "evaluate.py"
+       if (call := program(c)) and not call[1] and (ROOT / call[0]).is_file() and call[0] != "study.evaluate"
        and not call[0].startswith("tests/")]  # those without an argument are demos
 
 
@@ -156,7 +156,7 @@ def test_the_table_of_ablations_is_what_the_records_beside_it_give(tmp_path, cap
     assert len(rows) > 12 and all(row in README.splitlines() for row in rows)
 
 
-@pytest.mark.parametrize(("script", "words"), [("evaluate.py", ["--tables", "examples/evaluate.json"]),
+@pytest.mark.parametrize(("script", "words"), [("study.evaluate", ["--tables", "examples/evaluate.json"]),
                                                ("tests/fewer_calls.py", ["examples/fewer_calls"])])  # fmt: skip
 def test_the_tables_of_scores_are_what_the_records_give(script, words, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)

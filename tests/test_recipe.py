@@ -19,7 +19,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from clip_world import write_clips
 from safetensors.torch import load_file
 from test_lora import diffusers_output, loader, relative  # noqa: F401  (loader is a fixture)
 from test_model import PREFIX, diffusers_twin
@@ -27,14 +26,15 @@ from tiny import SIZES, write_tiny
 
 import sample
 import train
-from checkpoint import load_weights, open_file, read_metadata, write_file
-from dataset import Order, open_manifest
-from face import FaceNet
-from lora import load_lora
+from bench.clip_world import write_clips
+from clips.dataset import Order, open_manifest
+from clips.face import FaceNet
+from ltx.checkpoint import load_weights, open_file, read_metadata, write_file
+from ltx.lora import load_lora
+from ltx.text import TextEncoder
+from ltx.vae import VideoVAE
 from model import VideoTransformer
-from run import load_state, seeded
-from text import TextEncoder
-from vae import VideoVAE
+from training.run import load_state, seeded
 
 ROOT = Path(train.__file__).resolve().parent
 PEOPLE, CLIPS, SEED = 4, 12, 1
@@ -369,7 +369,7 @@ def test_a_run_its_lora_here_and_its_lora_in_diffusers_give_one_velocity(bench, 
     with torch.no_grad():
         for name, parameter in run.named_parameters():
             if parameter.requires_grad:
-                parameter.copy_(state[f"average.{name}"])
+                parameter.copy_(state[f"ema.{name}"])
         direct = run(**batch)
     moved, found, kept = relative(before, after), relative(ours, after), relative(ours - before, direct - before)
     print(f"moved by {moved:.1e}, ours and diffusers' {found:.1e}, of the run's own change {kept:.1e}")

@@ -20,7 +20,7 @@ from PIL import Image
 from tiny import INFERENCE, SIZES, draw_face, livelier, write_tiny
 
 import sample
-from lora import add_lora, save_lora
+from ltx.lora import add_lora, save_lora
 from model import VideoTransformer
 
 PROMPT = "a person in a red shirt laughs"

@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import scores
-import world
-from face import load_facenet
-from run import seeded
+from clips.face import load_facenet
+from study import scores
+from toy import world
+from training.run import seeded
 
 TINY = Path(__file__).resolve().parent.parent / "weights" / "tiny"
 ACTIONS = torch.arange(len(world.ACTIONS))
@@ -24,12 +24,12 @@ ACTIONS = torch.arange(len(world.ACTIONS))
 
 @functools.cache
 def head():
-    return scores.load_head(TINY / "head.safetensors")
+    return scores.load_head(TINY / "head_pose.safetensors")
 
 
 @functools.cache
-def judge():
-    return load_facenet(TINY / "judge.safetensors")
+def eval_encoder():
+    return load_facenet(TINY / "eval_encoder.safetensors")
 
 
 @functools.cache
@@ -48,7 +48,7 @@ def true_clips(count=32):
 
 
 def means(video, data=None):
-    table = scores.per_clip(video, data or true_clips()[1], judge(), head())
+    table = scores.per_clip(video, data or true_clips()[1], eval_encoder(), head())
     return {name: scores.summarise(values)[0] for name, values in table.items()}
 
 
@@ -62,7 +62,7 @@ def empty(video, setting):
     return scenes[:, :, None].expand_as(video)
 
 
-# ------------------------------------------------------------ the head reader and the rule
+# ------------------------------------------------------------ the head-pose estimator and the rule
 
 
 def test_the_rule_reads_every_action_off_exact_poses():
@@ -108,7 +108,7 @@ def test_lost_frames_take_the_pose_of_the_nearest_frame_with_a_face():
 
 
 def test_the_reader_is_small_and_says_in_one_line_what_is_wrong(tmp_path):
-    path = TINY / "head.safetensors"
+    path = TINY / "head_pose.safetensors"
     assert path.stat().st_size < 1e6 and sum(p.numel() for p in head().parameters()) < 200_000
     assert not any(p.requires_grad for p in head().parameters()) and not head().training
     with pytest.raises(ValueError, match="expected frames") as error:
@@ -118,15 +118,15 @@ def test_the_reader_is_small_and_says_in_one_line_what_is_wrong(tmp_path):
     with pytest.raises(ValueError, match="expected out.bias") as error:
         scores.load_head(tmp_path / "short.safetensors")
     assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="expected a head reader"):
-        scores.load_head(TINY / "judge.safetensors")
+    with pytest.raises(ValueError, match="expected a head-pose estimator"):
+        scores.load_head(TINY / "eval_encoder.safetensors")
 
 
 # ------------------------------------------------------------ what each score does
 
 
 def test_true_clips_score_as_they_should():
-    table = scores.per_clip(*true_clips(), judge(), head())
+    table = scores.per_clip(*true_clips(), eval_encoder(), head())
     assert tuple(table) == scores.SCORES and all(v.shape == (32,) for v in table.values())
     m = true_means()
     assert m["found"] == 1 and m["action"] > 0.95 and m["top1"] > 0.85 and m["look_alike"] > 0.9, m
@@ -165,7 +165,7 @@ def test_the_reference_background_shows_as_leak_and_not_as_prompt():
     m = means(copied)
     assert m["leak_scene"] == m["leak_light"] == m["leak_shirt"] == 1
     assert m["scene"] < 0.4 and m["light"] < 0.5 and m["shirt"] < 0.4, m
-    table = scores.per_clip(video, data, judge(), head())
+    table = scores.per_clip(video, data, eval_encoder(), head())
     assert torch.equal(table["leak_scene"].isnan(), data["setting"][:, 0] == data["ref_setting"][:, 0])
 
 
@@ -195,9 +195,9 @@ def test_a_pasted_reference_shows_in_every_leak_and_true_clips_stay_near_chance(
 def test_wrong_test_data_is_named():
     video, data = true_clips()
     with pytest.raises(ValueError, match="expected action in the test data"):
-        scores.per_clip(video, {k: v for k, v in data.items() if k != "action"}, judge(), head())
+        scores.per_clip(video, {k: v for k, v in data.items() if k != "action"}, eval_encoder(), head())
     with pytest.raises(ValueError, match="expected setting of shape"):
-        scores.per_clip(video, data | {"setting": data["setting"][:3]}, judge(), head())
+        scores.per_clip(video, data | {"setting": data["setting"][:3]}, eval_encoder(), head())
 
 
 # ------------------------------------------------------------ distances and intervals

@@ -28,15 +28,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import face
-import gemma
 import guidance
 import losses
 import model
 import reference
 import rope
-import text
-import vae
+from clips import face
+from ltx import gemma, text, vae
 
 ROOT = Path(__file__).resolve().parent.parent
 METHOD = ("rope", "reference", "augment", "losses", "guidance")
@@ -421,11 +419,11 @@ def _():
     guidance.guide(lambda *_: rand(B, L, C), 3.0, 2.0, rescale=0.7, stg_scale=1.0, perturb=lambda *_: rand(B, L, C))
 
 
-@case("guidance.keep_arrows")
+@case("guidance.cached_deltas")
 def _():
     kept = {}
     for fresh in (True, False):
-        guidance.guide(guidance.keep_arrows(lambda *_: rand(B, L, C), kept, fresh), 3.0, 2.0)
+        guidance.guide(guidance.cached_deltas(lambda *_: rand(B, L, C), kept, fresh), 3.0, 2.0)
 
 
 @case("augment.augment_color")

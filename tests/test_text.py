@@ -18,12 +18,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import checkpoint
-import text
-from checkpoint import load_weights, save_checkpoint
-from gemma import GEMMA_PREFIXES, GemmaConfig, GemmaTextModel, _layer_types, attention_allowed, load_gemma, save_gemma
-from text import Connector, FeatureExtractor, TextEncoder
-from tokenizer import BYTE_PIECES, SPECIAL_PIECES, Tokenizer, train_bpe
+from ltx import checkpoint, text
+from ltx.checkpoint import load_weights, save_checkpoint
+from ltx.gemma import GEMMA_PREFIXES, GemmaConfig, GemmaTextModel, _layer_types, attention_allowed, load_gemma, save_gemma
+from ltx.text import Connector, FeatureExtractor, TextEncoder
+from ltx.tokenizer import BYTE_PIECES, SPECIAL_PIECES, Tokenizer, train_bpe
 
 GOLDEN = Path(__file__).parent / "golden"
 CAPTIONS = [

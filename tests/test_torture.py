@@ -2,7 +2,7 @@
 
 Shown: every quick case that is refused at once is refused as the table says (bad pictures, numbers, outputs, weights,
 manifests ...), and the harness finds each kind of misbehaviour in a command made for that purpose. Cases that sample, and
-faults, are only in `python tests/torture.py`. Hardware: CPU, about 15 s. Run: python -m pytest tests/test_torture.py
+faults, are only in `python -m bench.torture`. Hardware: CPU, about 15 s. Run: python -m pytest tests/test_torture.py
 """
 
 import json
@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torture
-from torture import Case, Row
+
+from bench.torture import __main__ as torture
+from bench.torture.__main__ import Case, Row
 
 COMMAND = [sys.executable, str(Path(torture.__file__)), "--quick", "--refused"]
 

@@ -16,13 +16,14 @@ import pytest
 import torch
 from torch import nn
 
-import pretrain
 import train
-import validate
-from checkpoint import open_file, read_metadata
-from dataset import fresh_world
-from optim import Average, MuonAdamW, orthogonalize, schedule, split_parameters
-from run import Run, load_state, seeded, write_beside
+from clips.dataset import fresh_world
+from common.files import atomic_write
+from ltx.checkpoint import open_file, read_metadata
+from toy import pretrain
+from training import validate
+from training.optim import EMA, MuonAdamW, orthogonalize, schedule, split_parameters
+from training.run import Run, load_state, seeded
 
 
 def toy_run(folder, minutes, save_seconds=120):
@@ -30,7 +31,7 @@ def toy_run(folder, minutes, save_seconds=120):
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
     named = dict(model.named_parameters())
     optimizer = MuonAdamW(*split_parameters(named, keep_out=("2.",)))
-    run = Run(folder, named, optimizer, Average(named))
+    run = Run(folder, named, optimizer, EMA(named))
     for step in run.steps(30, minutes, 4, "toy", save_seconds):
         g = seeded(0, step, run.rank)
         x = torch.randn(4, 6, generator=g)
@@ -38,7 +39,7 @@ def toy_run(folder, minutes, save_seconds=120):
         loss.backward()
         optimizer.step(schedule(step, 30, warmup=5))
         model.zero_grad()
-        run.average.update(named, step)
+        run.ema.update(named, step)
     return run, {k: v.clone() for k, v in named.items()}
 
 
@@ -70,10 +71,10 @@ def test_a_damaged_state_is_passed_over_and_other_settings_are_refused(tmp_path,
     assert (tmp_path / "old" / "state-00000030.safetensors").exists()
     named = {"w": nn.Parameter(torch.zeros(2, 2))}
     optimizer = MuonAdamW({}, named)
-    Run(tmp_path / "c", named, optimizer, Average(named), {"lr": 1e-3, "new": 1}).save()
-    assert Run(tmp_path / "c", named, optimizer, Average(named), {"lr": 1e-3}).done == 0
+    Run(tmp_path / "c", named, optimizer, EMA(named), {"lr": 1e-3, "new": 1}).save()
+    assert Run(tmp_path / "c", named, optimizer, EMA(named), {"lr": 1e-3}).done == 0
     with pytest.raises(ValueError, match="expected lr = 0.001"):
-        Run(tmp_path / "c", named, optimizer, Average(named), {"lr": 2e-3})
+        Run(tmp_path / "c", named, optimizer, EMA(named), {"lr": 2e-3})
 
 
 # toy_run in a process of its own, which imports no more than it needs.
@@ -82,9 +83,9 @@ import sys, time, torch
 from torch import nn
 sys.path.insert(0, {root!r})
 torch.set_num_threads(1)
-import run
-from optim import Average, MuonAdamW, schedule, split_parameters
-from run import Run
+from training import run
+from training.optim import EMA, MuonAdamW, schedule, split_parameters
+from training.run import Run
 def seeded(*numbers):
     print("in a step", flush=True)
     time.sleep(0.02)  # long enough to be hit
@@ -128,8 +129,8 @@ def test_the_log_goes_on_where_the_state_is_and_a_line_cut_off_by_a_kill_is_drop
 
 def test_averaged_weights_are_in_the_model_only_inside(tmp_path):
     run, weights = toy_run(tmp_path, minutes=9)
-    with pytest.raises(RuntimeError, match="inside"), run.averaged():
-        assert all(torch.equal(run.model[name], value) for name, value in run.average.shadow.items())
+    with pytest.raises(RuntimeError, match="inside"), run.ema_weights():
+        assert all(torch.equal(run.model[name], value) for name, value in run.ema.shadow.items())
         assert not torch.equal(run.model["0.weight"], weights["0.weight"])
         raise RuntimeError("inside")
     assert all(torch.equal(run.model[name], value) for name, value in weights.items()), "also after an error"
@@ -159,7 +160,7 @@ def test_a_failed_write_leaves_the_old_file_alone(tmp_path):
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        write_beside(target, fail)
+        atomic_write(target, fail)
     assert target.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["x.txt"]
 
 
@@ -179,7 +180,7 @@ def test_every_stage_hands_on_what_the_next_one_reads(tmp_path, monkeypatch):
     call(pretrain, monkeypatch, "encode", "--clips", "32")
     call(pretrain, monkeypatch, "base", "--steps", "2", *quick)
     call(pretrain, monkeypatch, "face", "--steps", "2", *quick)
-    call(pretrain, monkeypatch, "judge", "--steps", "2", *quick)
+    call(pretrain, monkeypatch, "eval_encoder", "--steps", "2", *quick)
     call(train, monkeypatch, "--full", "--optimizer", "muon", "--steps", "2", *quick)
     call(train, monkeypatch, "--steps", "2", "--out", "runs/lora", "--placement", "overlap", *quick)
     assert train.main() == 0, "nothing left to do"

@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-import vae as vae_file
-import world
-from checkpoint import load_weights, read_metadata
-from dataset import clip_rows
-from plan import LiveBytes
-from vae import (
+from clips.dataset import clip_rows
+from ltx import vae as vae_file
+from ltx.checkpoint import load_weights, read_metadata
+from ltx.plan import LiveBytes
+from ltx.vae import (
     Tile,
     Tiling,
     VideoVAE,
@@ -34,6 +33,7 @@ from vae import (
     time_weights,
     unpatch_pixels,
 )
+from toy import world
 
 KINDS = {"compress_space": "spatial", "compress_time": "temporal", "compress_all": "spatiotemporal"}
 
@@ -194,7 +194,7 @@ def narrow_ltx() -> VideoVAE:
     return VideoVAE(ltx_config()).eval()
 
 
-def whole(runs) -> torch.Tensor:
+def full_tensor(runs) -> torch.Tensor:
     return torch.cat(list(runs), dim=2)
 
 
@@ -312,7 +312,7 @@ def test_streamed_tiles_equal_the_specification_in_one_sum(time, space, overlaps
     latent = torch.randn(2, vae.latent_channels, 8, 4, 6)
     side = max(round(space * 4 / 6), overlaps + 1)
     book = by_the_book(vae, latent, time, (side, overlaps), (space, overlaps))
-    found = whole(vae.decode_tiles(latent, Tiling(space * s, overlaps * s, time[0] * t, time[1] * t)))
+    found = full_tensor(vae.decode_tiles(latent, Tiling(space * s, overlaps * s, time[0] * t, time[1] * t)))
     assert found.shape == book.shape == vae.decode(latent).shape
     difference = (found - book).abs().max().item()
     assert difference < 2e-6, difference
@@ -337,9 +337,9 @@ def test_a_sample_does_not_depend_on_its_neighbour_in_the_batch_and_no_gradient_
     vae = build(1)
     latent = torch.randn(2, vae.latent_channels, 5, 4, 5)
     tiling = Tiling(3 * vae.space_scale, vae.space_scale, 2 * vae.time_scale, vae.time_scale)
-    both = whole(vae.decode_tiles(latent, tiling))
+    both = full_tensor(vae.decode_tiles(latent, tiling))
     for i in range(2):
-        assert (both[i : i + 1] - whole(vae.decode_tiles(latent[i : i + 1], tiling))).abs().max() < 1e-5
+        assert (both[i : i + 1] - full_tensor(vae.decode_tiles(latent[i : i + 1], tiling))).abs().max() < 1e-5
     with torch.enable_grad():
         assert not any(run.requires_grad for run in vae.decode_tiles(latent, tiling))
 
@@ -430,7 +430,7 @@ def test_tiled_frames_are_within_the_stated_error_of_untiled_ones(name, portrait
     """
     vae, video, latent, untiled = portrait
     tiling, largest, mean, decibels = BOUNDS[name]
-    tiled = whole(vae.decode_tiles(latent, tiling))
+    tiled = full_tensor(vae.decode_tiles(latent, tiling))
     error = (tiled - untiled).abs()
     found = error.max().item(), error.mean().item(), psnr(tiled, untiled).item()
     print(f"{name}: largest {found[0]:.3f}, mean {found[1]:.4f}, {found[2]:.1f} dB; against the clip itself "
@@ -440,7 +440,7 @@ def test_tiled_frames_are_within_the_stated_error_of_untiled_ones(name, portrait
 
 def jump_ratio(vae: VideoVAE, latent: torch.Tensor, tiling: Tiling, untiled: torch.Tensor) -> float:
     """Mean absolute jump from one pixel to the next, tiled / untiled, at the worst row or column of any fade."""
-    tiled, worst = whole(vae.decode_tiles(latent, tiling)), 0.0
+    tiled, worst = full_tensor(vae.decode_tiles(latent, tiling)), 0.0
     for axis, parts in zip((3, 4), vae.plan_tiles(latent.shape[2:], tiling)[1:], strict=True):
         other = [i for i in range(5) if i != axis]
         ratio = tiled.diff(dim=axis).abs().mean(dim=other) / untiled.diff(dim=axis).abs().mean(dim=other)
@@ -488,7 +488,7 @@ def test_ltx_blocks_are_exact_away_from_the_border_and_wrong_only_where_a_tile_c
     latent = torch.randn(1, 8, 1, 1, 64)
     untiled, means = vae.decode(latent), []
     for overlap in (2, 8, 16):
-        tiled = whole(vae.decode_tiles(latent, Tiling(40 * 32, overlap * 32, 0, 0)))
+        tiled = full_tensor(vae.decode_tiles(latent, Tiling(40 * 32, overlap * 32, 0, 0)))
         error = (tiled - untiled).abs().unflatten(4, (64, 32))                            # (1, 3, 1, 32, 64, 32)
         means.append(error.mean().item())
         error = error.amax(dim=(0, 1, 2, 3, 5))                                           # (64,) latent columns

@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-import video
-from plan import LiveBytes
-from video import VideoWriter, contact_sheet, moving_pattern, picks, to_frames, write_outputs
+from clips import video
+from clips.video import VideoWriter, contact_sheet, moving_pattern, picks, to_frames, write_outputs
+from ltx.plan import LiveBytes
 
 SIZE = (64, 128)
 

@@ -17,9 +17,18 @@ import torch
 from test_recipe import ROOT, bench, command, log_of, words  # noqa: F401  (bench is a fixture)
 from torch import nn
 
-from optim import schedule
-from run import load_state
-from workers import average_gradients, can_shard, like, put, start_workers, sum_all, wait, whole
+from training.optim import schedule
+from training.run import load_state
+from training.workers import (
+    all_reduce,
+    average_gradients,
+    can_shard,
+    full_tensor,
+    like,
+    put,
+    start_workers,
+    wait,
+)
 
 STEPS, BOUND = 20, 1e-5
 
@@ -32,7 +41,16 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 import train
-from workers import average_gradients, can_shard, like, put, shard, start_workers, sum_all, whole
+from training.workers import (
+    average_gradients,
+    can_shard,
+    like,
+    put,
+    shard,
+    start_workers,
+    all_reduce,
+    full_tensor,
+)
 rank, world = start_workers()
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(3, 8), nn.Linear(8, 4))
@@ -40,17 +58,17 @@ before = {{k: v.detach().clone() for k, v in model.named_parameters()}}
 shard(model, "cpu")
 named = dict(model.named_parameters())
 held = {{k: p.to_local().numel() for k, p in named.items()}}
-together = all(torch.equal(whole(p.detach()), before[k]) for k, p in named.items())
+together = all(torch.equal(full_tensor(p.detach()), before[k]) for k, p in named.items())
 put(named["0.weight"], before["0.weight"] + 1)
-moved = (whole(named["0.weight"].detach()) - before["0.weight"] - 1).abs().max().item()
+moved = (full_tensor(named["0.weight"].detach()) - before["0.weight"] - 1).abs().max().item()
 cut = like(before["0.weight"], named["0.weight"])
 odd, given = nn.Parameter(torch.zeros(2)), torch.tensor([1.0 + rank, 10.0])
 if rank == 0:
     odd.grad = torch.tensor([4.0, 8.0])
 average_gradients([odd], world)
 facts = {{"rank": rank, "world": world, "shard": can_shard(), "held": held, "together": together, "moved": moved,
-         "cut": isinstance(cut, DTensor) and torch.equal(whole(cut), before["0.weight"]),
-         "sum": sum_all(given).tolist(), "given": given.tolist(), "gradient": odd.grad.tolist()}}
+         "cut": isinstance(cut, DTensor) and torch.equal(full_tensor(cut), before["0.weight"]),
+         "sum": all_reduce(given).tolist(), "given": given.tolist(), "gradient": odd.grad.tolist()}}
 open(f"{folder}/{{rank}}.json", "w").write(json.dumps(facts))
 for arguments in json.loads({runs!r}):
     sys.argv = ["train.py", *arguments]
@@ -76,7 +94,7 @@ def differences(out: Path, other: Path) -> dict[str, float]:
     a, b = state(out), state(other)
     assert a.keys() == b.keys()
     found = {part: max((a[k] - b[k]).abs().max().item() for k in a if k.startswith(part))
-             for part in ("model.", "average.", "adam.")}
+             for part in ("model.", "ema.", "adam.")}
     lines = list(zip(log_of(out), log_of(other), strict=True))
     for name in ("loss", "fm", "face", "id", "gradient", "with_face", "with_id"):
         assert [x["step"] for x, _ in lines] == [y["step"] for _, y in lines] == [10, 20]
@@ -154,7 +172,7 @@ def test_alone_everything_returns_at_once_and_changes_nothing(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     x = torch.randn(3, 2)
     assert start_workers() == (0, 1) and not can_shard() and wait() is None
-    assert whole(x) is x and torch.equal(like(x, torch.zeros(3, 2)), x) and torch.equal(sum_all(x), x)
+    assert full_tensor(x) is x and torch.equal(like(x, torch.zeros(3, 2)), x) and torch.equal(all_reduce(x), x)
     target = torch.zeros(3, 2, dtype=torch.float64)
     put(target, x)
     assert torch.equal(target, x.double())

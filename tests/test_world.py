@@ -6,7 +6,7 @@
 import numpy as np
 import torch
 
-import world
+from toy import world
 
 
 def clips(count=6, seed=0, action=None):

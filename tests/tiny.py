@@ -9,12 +9,12 @@ import torch
 from PIL import Image, ImageDraw
 from torch import nn
 
-from checkpoint import save_checkpoint
-from gemma import GemmaConfig, GemmaTextModel, save_gemma
+from ltx.checkpoint import save_checkpoint
+from ltx.gemma import GemmaConfig, GemmaTextModel, save_gemma
+from ltx.text import CONNECTOR_PREFIX, EXTRACTOR_PREFIX, Connector, FeatureExtractor
+from ltx.tokenizer import train_bpe
+from ltx.vae import VideoVAE
 from model import TransformerConfig, VideoTransformer
-from text import CONNECTOR_PREFIX, EXTRACTOR_PREFIX, Connector, FeatureExtractor
-from tokenizer import train_bpe
-from vae import VideoVAE
 
 BLOCKS = [["res_x", {"num_layers": 1}], ["compress_all_res", {"multiplier": 2}], ["res_x", {"num_layers": 1}],
           ["compress_time_res", {"multiplier": 1}], ["res_x", {"num_layers": 1}]]  # fmt: skip

@@ -3,20 +3,20 @@
 This is *not* the paper. ST-DRC starts from LTX-2.3; we cannot ship 22 billion parameters, so these stages make a small
 model of the same architecture, in the same file format, for the paper's recipe (train.py) to start from:
 
-    python pretrain.py render      clips of the world -> memory map in data/             (CPU only; a GPU renders as it goes)
-    python pretrain.py vae         the causal video VAE
-    python pretrain.py encode      clips -> cached latents
-    python pretrain.py base        text-to-video without any reference: Gemma-style encoder, connector, transformer
-    python pretrain.py face        the recogniser that supervises identity (random people, new ones in every step)
-    python pretrain.py judge       a second one, other random people, width and seed: it only ever evaluates
-    python pretrain.py export      everything -> weights/tiny
-    python pretrain.py head        reads where the head is and whether there is one, for scores.py (uses the bundled VAE)
+    python -m toy.pretrain render      clips of the world -> memory map in data/             (CPU only; a GPU renders as it goes)
+    python -m toy.pretrain vae         the causal video VAE
+    python -m toy.pretrain encode      clips -> cached latents
+    python -m toy.pretrain base        text-to-video without any reference: Gemma-style encoder, connector, transformer
+    python -m toy.pretrain face        the recogniser that supervises identity (random people, new ones in every step)
+    python -m toy.pretrain eval_encoder       a second one, other random people, width and seed: it only ever evaluates
+    python -m toy.pretrain export      everything -> weights/tiny
+    python -m toy.pretrain head        reads where the head is and whether there is one, for scores.py (uses the bundled VAE)
 
 Every stage resumes: run the same command again, on CPU or CUDA. `--minutes` bounds one command, the state in runs/
 carries on. `torchrun --nproc_per_node=2 pretrain.py vae` uses two worker processes.
 
-The failure this prevents: a score by the very network that was trained on. So recogniser and judge see other people and
-have other widths, and the head reader supervises nothing. our reading: all sizes, lengths and rates (tables below).
+The failure this prevents: a score by the very network that was trained on. So recogniser and eval_encoder see other people and
+have other widths, and the head-pose estimator supervises nothing. our reading: all sizes, lengths and rates (tables below).
 
 Conventions. sigma 1 = noise, 0 = data; pictures in [-1, 1]; --minutes left out = no limit.
 
@@ -41,9 +41,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import world
-from checkpoint import load_weights, read_metadata, save_checkpoint
-from dataset import (
+from clips.dataset import (
     CLIPS,
     DATA,
     FRAME_RATE,
@@ -55,23 +53,27 @@ from dataset import (
     clip_rows,
     fresh_world,
     render_clips,
-    share,
+    shard_indices,
 )
+from clips.face import FaceNet, square
+from clips.video import save_sheet
+from common.cli import Parser, check_folder, check_ranges, command
+from common.files import atomic_write
 from denoise import denoise
-from face import FaceNet, square
-from gemma import GemmaConfig, GemmaTextModel, save_gemma
 from losses import crop_faces, flow_matching_loss
+from ltx.checkpoint import load_weights, read_metadata, save_checkpoint
+from ltx.gemma import GemmaConfig, GemmaTextModel, save_gemma
+from ltx.text import CONNECTOR_PREFIX, EXTRACTOR_PREFIX, Connector, FeatureExtractor, TextEncoder
+from ltx.tokenizer import Tokenizer, train_bpe
+from ltx.vae import VideoVAE, psnr
 from model import TRANSFORMER_PREFIX, TransformerConfig, VideoTransformer, ltx_sigmas, training_sigmas
-from optim import KEEP_FROM_MUON, Average, MuonAdamW, schedule, split_parameters
 from reference import patchify
 from rope import grid_to_positions, video_grid
-from run import Parser, Run, check_finite, check_folder, check_ranges, command, seeded, write_beside
-from scores import POSE_SPREAD, HeadReader, read_action, read_heads
-from text import CONNECTOR_PREFIX, EXTRACTOR_PREFIX, Connector, FeatureExtractor, TextEncoder
-from tokenizer import Tokenizer, train_bpe
-from vae import VideoVAE, psnr
-from video import save_sheet
-from workers import average_gradients
+from study.scores import POSE_SPREAD, HeadPoseEstimator, read_action, read_heads
+from toy import world
+from training.optim import EMA, KEEP_FROM_MUON, MuonAdamW, schedule, split_parameters
+from training.run import Run, check_finite, seeded
+from training.workers import average_gradients
 
 RUNS, WEIGHTS = Path("runs"), Path("weights/tiny")
 
@@ -105,7 +107,7 @@ TINY_GEMMA = GemmaConfig(vocab_size=512, hidden_size=96, intermediate_size=192, 
                          sliding_window=64)
 EXAMPLES = {"ada": 7, "ben": 15, "cleo": 18, "dan": 13}  # name -> row of the test split
 # What sample.py uses when a flag is not given; a checkpoint without this entry gets LTX-2.3's official numbers. The two
-# scales were chosen on the validation split (python evaluate.py --split val --text-scale ... --ref-scale ...), and so was
+# scales were chosen on the validation split (python -m study.evaluate --split val --text-scale ... --ref-scale ...), and so was
 # the saving of calls: all streams in every second step and one in the last, 1.93 calls a step (tests/fewer_calls.py).
 TINY_INFERENCE = {"width": SIZE, "height": SIZE, "num_frames": FRAMES, "frame_rate": FRAME_RATE, "steps": 15,
                   "text_scale": 2.0, "ref_scale": 2.5, "rescale": 0.0, "guide_range": [0.2, 1.0], "guide_every": 2,
@@ -143,7 +145,7 @@ def render_stage(args: argparse.Namespace) -> None:
     beside = {k: folder / f"{k}.npy.{args.clips}.partial" for k in shapes}
     for name, path in beside.items():
         if not path.exists():
-            write_beside(path, lambda p, name=name: new_map(p, *shapes[name]))
+            atomic_write(path, lambda p, name=name: new_map(p, *shapes[name]))
     maps = {k: np.load(path, mmap_mode="r+") for k, path in beside.items()}
     for start in tqdm(range(0, args.clips, 32), desc="render", unit="block"):
         if maps["boxes"][min(start + 32, args.clips) - 1].any():
@@ -176,7 +178,7 @@ class Clips:
         self.device = device
         if device == "cpu":
             if not (DATA / "train" / "boxes.npy").exists():
-                raise ValueError("expected rendered clips in data/train, got none; run `python pretrain.py render` first")
+                raise ValueError("expected rendered clips in data/train, got none; run `python -m toy.pretrain render` first")
             self.video = np.load(DATA / "train" / "video.npy", mmap_mode="r")
             self.boxes = np.load(DATA / "train" / "boxes.npy", mmap_mode="r")
 
@@ -233,7 +235,7 @@ def validation_clips(count: int, seed: int = 5) -> tuple[Tensor, Tensor]:
 def check_vae(vae: VideoVAE, run: Run, device: str) -> float:
     """PSNR on unseen people with the averaged weights, and a sheet: input above, reconstruction below."""
     video = validation_clips(32)[0].to(device)
-    with run.averaged(), torch.autocast(device, torch.bfloat16):
+    with run.ema_weights(), torch.autocast(device, torch.bfloat16):
         out = vae.decoder(vae.encoder(video)).float()
     value = psnr(out, video).mean().item()
     rows = [x[i, :, ::2].transpose(0, 1) for i in range(6) for x in (video, out)]
@@ -249,7 +251,7 @@ def vae_stage(args: argparse.Namespace, device: str) -> None:
     init_vae(vae)
     named = dict(vae.named_parameters())
     optimizer = MuonAdamW(*split_parameters(named, keep_out=("encoder.conv_in", "decoder.conv_out")))
-    run = Run(RUNS / "vae", named, optimizer, Average(named))
+    run = Run(RUNS / "vae", named, optimizer, EMA(named))
     clips, loss_fn = Clips(device), torch.compile(vae_loss) if args.compile else vae_loss
     latent = (args.batch, 128, (FRAMES - 1) // 4 + 1, SIZE // 8, SIZE // 8)
     next_check = run.seconds + 60
@@ -260,7 +262,7 @@ def vae_stage(args: argparse.Namespace, device: str) -> None:
         with torch.autocast(device, torch.bfloat16):
             loss, dB = loss_fn(vae, video, box_mask(boxes, SIZE), noise)
         descend(run, step, loss, schedule(step, args.steps), f"clips drawn with seed {args.seed}")
-        run.average.update(named, step)
+        run.ema.update(named, step)
         run.record(loss=loss.item(), train_psnr=dB.item())
         if run.rank == 0 and run.seconds > next_check:
             check_vae(vae, run, device)
@@ -285,8 +287,8 @@ def encode_stage(args: argparse.Namespace, device: str) -> None:
     vae = VideoVAE(TINY_VAE).to(device)
     named = dict(vae.named_parameters())
     run = Run(RUNS / "vae", named, MuonAdamW(*split_parameters(named, ("encoder.conv_in", "decoder.conv_out"))),
-              Average(named))
-    vae.load_state_dict({k: v.bfloat16() for k, v in run.average.shadow.items()}, strict=False)
+              EMA(named))
+    vae.load_state_dict({k: v.bfloat16() for k, v in run.ema.shadow.items()}, strict=False)
     clips = Clips(device)
     measure_statistics(vae, clips.batch(min(1024, args.clips), seeded(args.seed, 77, device=device))[0])
     tensors = {f"vae.{k}": v.bfloat16() for k, v in vae.state_dict().items()}
@@ -296,7 +298,7 @@ def encode_stage(args: argparse.Namespace, device: str) -> None:
     load_weights(vae, RUNS / "vae.safetensors", "vae.", torch.float32)
     for left in (DATA / "train").glob(".latents.npy.*.tmp"):  # of a command that was killed
         left.unlink()
-    write_beside(DATA / "train" / "latents.npy", lambda path: encode_clips(vae, clips.video, path))
+    atomic_write(DATA / "train" / "latents.npy", lambda path: encode_clips(vae, clips.video, path))
 
 
 def encode_clips(vae: VideoVAE, videos: np.ndarray, path: Path) -> None:
@@ -342,7 +344,7 @@ def check_samples(run: Run, model: VideoTransformer, text: TextEncoder, vae: Vid
     rows = clip_rows("val", 0, n)
     prompts = [world.caption(s, int(a)) for s, a in zip(rows["setting"], rows["action"], strict=True)]
     noise = torch.randn(n, GRID[0] * GRID[1] * GRID[2], vae.latent_channels, generator=g).to(device)
-    with run.averaged(), torch.autocast(device, torch.bfloat16):
+    with run.ema_weights(), torch.autocast(device, torch.bfloat16):
         latent = denoise(model, text.encode(prompts), text.encode([""]), None, GRID, FRAME_RATE,
                          (vae.time_scale, vae.space_scale), ltx_sigmas(d["steps"], d["schedule_tokens"]), noise,
                          d["text_scale"])
@@ -382,14 +384,14 @@ def base_stage(args: argparse.Namespace, device: str) -> None:
     all_ids, all_masks = text.tokenize(data.captions)
     named = dict(both.named_parameters())
     optimizer = MuonAdamW(*split_parameters(named, KEEP_FROM_MUON), lr_matrix=3e-3, lr_other=1e-3)
-    run = Run(RUNS / "base", named, optimizer, Average(named))
+    run = Run(RUNS / "base", named, optimizer, EMA(named))
     positions = grid_to_positions(video_grid(*GRID), FRAME_RATE, 4, 8).expand(args.batch, -1, -1, -1).to(device)
     loss_fn = torch.compile(base_loss) if args.compile else base_loss
     order = Order(data.groups, args.batch * run.world, args.seed)
     next_check = run.seconds + 300
     for step in run.steps(args.steps, args.minutes, args.batch, "base"):
         g = seeded(args.seed, step, run.rank, device=device)
-        mine = share(order(step), run.rank, run.world, args.batch)
+        mine = shard_indices(order(step), run.rank, run.world, args.batch)
         batch = data.clips([i for _, i in mine], [seeded(args.seed, step, place) for place, _ in mine])
         x0 = batch["x0"].to(device)
         sigma, noise, noisy = draw_noise(x0, g)
@@ -398,13 +400,13 @@ def base_stage(args: argparse.Namespace, device: str) -> None:
         with torch.autocast(device, torch.bfloat16):
             loss = loss_fn(text, model, x0, noise, noisy, sigma, positions, all_ids[rows], all_masks[rows])
         descend(run, step, loss, schedule(step, args.steps, decay=0.2), data.names(order(step)))
-        run.average.update(named, step)
+        run.ema.update(named, step)
         run.record(loss=loss.item())
         if run.rank == 0 and (run.seconds > next_check or step + 1 == args.steps):
             check_samples(run, model, text, vae, device)
             next_check = run.seconds + 300
     if run.rank == 0:
-        write_base(run.average.shadow, text, tokenizer)
+        write_base(run.ema.shadow, text, tokenizer)
 
 
 def write_base(weights: dict[str, Tensor], text: TextEncoder, tokenizer: dict) -> None:
@@ -463,54 +465,54 @@ def contrastive_loss(net: FaceNet, first: Tensor, second: Tensor, temperature: f
     return (nnf.cross_entropy(scores, target) + nnf.cross_entropy(scores.T, target)) / 2
 
 
-def recogniser_stage(args: argparse.Namespace, device: str, judge: bool) -> None:
+def recogniser_stage(args: argparse.Namespace, device: str, eval_encoder: bool) -> None:
     """Train a recogniser on pairs of pictures of one person in two settings; every person has its look-alike beside it.
 
-    face: sees crops around the face box, as ArcFace does; supervises identity in train.py. judge: sees whole frames
+    face: sees crops around the face box, as ArcFace does; supervises identity in train.py. eval_encoder: sees whole frames
     (a generated video comes without a box), another width, other random people; used by evaluate.py only.
     """
-    torch.manual_seed(args.seed + (1000 if judge else 0))
-    widths = (20, 28, 56, 96, 160) if judge else (16, 24, 48, 96, 128)
+    torch.manual_seed(args.seed + (1000 if eval_encoder else 0))
+    widths = (20, 28, 56, 96, 160) if eval_encoder else (16, 24, 48, 96, 128)
     net = FaceNet((1, 1, 2, 1), widths, embedding=128, size=SIZE).to(device)
     named = dict(net.named_parameters())
     optimizer = MuonAdamW(*split_parameters(named, ("net.conv1", "fc", "prelu")), lr_matrix=2e-3, lr_other=1e-3)
-    name = "judge" if judge else "face"
+    name = "eval_encoder" if eval_encoder else "face"
     run = Run(RUNS / name, named | {k: v for k, v in net.named_buffers() if v.is_floating_point()}, optimizer,
-              Average({}))
+              EMA({}))
     loss_fn = torch.compile(contrastive_loss) if args.compile else contrastive_loss
     for step in run.steps(args.steps, args.minutes, args.batch, name):
-        g = seeded(args.seed, step, 4 if judge else 3, device=device)
+        g = seeded(args.seed, step, 4 if eval_encoder else 3, device=device)
         person = torch.rand(args.batch // 2, len(world.TRAITS), generator=g, device=device)
         person = torch.cat([person, world.look_alikes(person, g)])
         views = []
         for _ in range(2):
             pictures, boxes = face_views(person, g)
             shake = torch.rand(len(boxes), 4, generator=g, device=device) * 4 - 2         # real boxes are never exact
-            views.append(pictures if judge else crop_faces(pictures, square(boxes + shake), SIZE))
+            views.append(pictures if eval_encoder else crop_faces(pictures, square(boxes + shake), SIZE))
         with torch.autocast(device, torch.bfloat16):
             loss = loss_fn(net, *views)
         descend(run, step, loss, schedule(step, args.steps), f"people drawn with seed {args.seed}")
         run.record(loss=loss.item())
     tensors = {k: v.bfloat16().contiguous() for k, v in net.state_dict().items() if v.is_floating_point()}
-    write_beside(RUNS / f"{name}.safetensors", lambda p: save_file(tensors, p))
-    print(f"{name}: top-1 and look-alike accuracy among 256 unseen people: {check_recogniser(net, judge, device)}")
+    atomic_write(RUNS / f"{name}.safetensors", lambda p: save_file(tensors, p))
+    print(f"{name}: top-1 and look-alike accuracy among 256 unseen people: {check_recogniser(net, eval_encoder, device)}")
 
 
 @torch.no_grad()
-def check_recogniser(net: FaceNet, judge: bool, device: str) -> tuple[float, float]:
+def check_recogniser(net: FaceNet, eval_encoder: bool, device: str) -> tuple[float, float]:
     """Validation people, two settings: share found first among all, share that beats the look-alike."""
     net.eval()
     g = seeded(9, device=device)
     person = world.people("val", 256).to(device)
     def embed(people: Tensor) -> Tensor:
         pictures, boxes = face_views(people, g)
-        return net(pictures if judge else crop_faces(pictures, square(boxes), SIZE))
+        return net(pictures if eval_encoder else crop_faces(pictures, square(boxes), SIZE))
     a, b, other = embed(person), embed(person), embed(world.look_alikes(person, g))
     top1 = ((a @ b.T).argmax(1) == torch.arange(len(a), device=device)).float().mean()
     return round(top1.item(), 3), round(((a * b).sum(1) > (a * other).sum(1)).float().mean().item(), 3)
 
 
-# ----------------------------------------------------------------------------------------------------- stage: head reader
+# ----------------------------------------------------------------------------------------------------- stage: head-pose estimator
 def widened_poses(count: int, generator: torch.Generator) -> Tensor:
     """Poses at random moments of random actions, shaken a little and with any mouth in a third of the cases: (B, 6).
 
@@ -561,7 +563,7 @@ def head_views(person: Tensor, vae: VideoVAE, generator: torch.Generator) -> tup
     return degrade(pictures, generator), pose, present
 
 
-def head_loss(net: HeadReader, pictures: Tensor, pose: Tensor, present: Tensor) -> Tensor:
+def head_loss(net: HeadPoseEstimator, pictures: Tensor, pose: Tensor, present: Tensor) -> Tensor:
     """Presence: cross-entropy. Pose: squared error in units of each number's spread, where there is a head."""
     out = net(pictures)                                                                   # (B, 7)
     error = ((out[:, 1:] - pose) / out.new_tensor(POSE_SPREAD)).square().mean(1)
@@ -569,15 +571,15 @@ def head_loss(net: HeadReader, pictures: Tensor, pose: Tensor, present: Tensor) 
 
 
 def head_stage(args: argparse.Namespace, device: str) -> None:
-    """Train the head reader of scores.py on people drawn anew in every step -> weights/tiny/head.safetensors."""
+    """Train the head-pose estimator of scores.py on people drawn anew in every step -> weights/tiny/head_pose.safetensors."""
     torch.manual_seed(args.seed + 2000)
     vae = load_weights(VideoVAE(read_metadata(WEIGHTS / "model.safetensors")["config"]["vae"]),
                        WEIGHTS / "model.safetensors", "vae.", torch.float32, device).eval().requires_grad_(False)
-    net = HeadReader().to(device)
+    net = HeadPoseEstimator().to(device)
     named = dict(net.named_parameters())
     optimizer = MuonAdamW(*split_parameters(named, ("convs.0", "out")), lr_matrix=3e-3, lr_other=2e-3)
     run = Run(RUNS / "head", named | {k: v for k, v in net.named_buffers() if v.is_floating_point()}, optimizer,
-              Average({}))
+              EMA({}))
     loss_fn = torch.compile(head_loss) if args.compile else head_loss
     for step in run.steps(args.steps, args.minutes, args.batch, "head"):
         g = seeded(args.seed, step, 5, device=device)
@@ -586,13 +588,13 @@ def head_stage(args: argparse.Namespace, device: str) -> None:
         descend(run, step, loss, schedule(step, args.steps), f"people drawn with seed {args.seed}")
         run.record(loss=loss.item())
     tensors = {k: v.float().contiguous() for k, v in net.state_dict().items() if v.is_floating_point()}
-    write_beside(WEIGHTS / "head.safetensors", lambda p: save_file(tensors, p))
+    atomic_write(WEIGHTS / "head_pose.safetensors", lambda p: save_file(tensors, p))
     for name, value in check_head(net, vae, device).items():
         print(f"head, {name}: {value}")
 
 
 @torch.no_grad()
-def check_head(net: HeadReader, vae: VideoVAE, device: str) -> dict[str, float]:
+def check_head(net: HeadPoseEstimator, vae: VideoVAE, device: str) -> dict[str, float]:
     """On unseen people: mean error of each pose number, presence, and read_action on true clips and through the VAE."""
     net.eval()
     g = seeded(9, device=device)
@@ -617,14 +619,14 @@ def check_head(net: HeadReader, vae: VideoVAE, device: str) -> dict[str, float]:
 def export_stage(args: argparse.Namespace, device: str) -> None:
     """runs/ -> weights/tiny: the checkpoint that train.py wrote, the Gemma folder and the two recognisers."""
     trained = RUNS / "st-drc" / "model.safetensors"
-    sources = {f"{name}.safetensors": RUNS / f"{name}.safetensors" for name in ("face", "judge")}
+    sources = {f"{name}.safetensors": RUNS / f"{name}.safetensors" for name in ("face", "eval_encoder")}
     sources |= {f"gemma/{name}": RUNS / "gemma" / name for name in ("config.json", "tokenizer.json",
                                                                     "model.safetensors")}
     for source in (trained, *sources.values()):
         if not source.exists():
             raise ValueError(f"expected {source}, got no such file; run the stage that writes it first (--help lists them)")
     for name, source in sources.items():
-        write_beside(WEIGHTS / name, lambda p, source=source: shutil.copyfile(source, p))
+        atomic_write(WEIGHTS / name, lambda p, source=source: shutil.copyfile(source, p))
     with safe_open(trained, "pt") as f:
         tensors, metadata = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()
     vae = load_weights(VideoVAE(TINY_VAE), trained, "vae.", torch.float32)
@@ -638,14 +640,14 @@ def export_stage(args: argparse.Namespace, device: str) -> None:
         picture, _ = world.draw_references(world.people("test", row + 1)[-1:], torch.tensor([[2, 0, 4]]), seeded(row),
                                            size=256, share=1.0)
         image = Image.fromarray(world.to_uint8(picture[0]).permute(1, 2, 0).numpy())
-        write_beside(Path("examples") / f"{name}.png", lambda p, image=image: image.save(p, format="PNG"))
+        atomic_write(Path("examples") / f"{name}.png", lambda p, image=image: image.save(p, format="PNG"))
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser("pretrain.py", description=__doc__.split("\n")[0],
+    parser = Parser("toy.pretrain", description=__doc__.split("\n")[0],
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("stage", choices=["render", "vae", "encode", "base", "face", "judge", "export", "head"])
-    parser.add_argument("--steps", type=int, help="default: vae 9600, base 4000, face 600, judge 450, head 1600")
+    parser.add_argument("stage", choices=["render", "vae", "encode", "base", "face", "eval_encoder", "export", "head"])
+    parser.add_argument("--steps", type=int, help="default: vae 9600, base 4000, face 600, eval_encoder 450, head 1600")
     parser.add_argument("--batch", type=int, help="per worker; default: vae and base 8, others 64")
     parser.add_argument("--minutes", type=float, default=1e9, help="stop (and save) after this time; run again to go on")
     parser.add_argument("--clips", type=int, default=CLIPS)
@@ -654,7 +656,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(words)
     check_ranges(args, {"steps": (1, 1e9), "batch": (2, 4096), "minutes": (0, 1e9), "clips": (1, 1e7),
                         "seed": (0, 2**62)})
-    defaults = {"vae": (9600, 8), "base": (4000, 8), "face": (600, 64), "judge": (450, 64), "head": (1600, 64)}
+    defaults = {"vae": (9600, 8), "base": (4000, 8), "face": (600, 64), "eval_encoder": (450, 64), "head": (1600, 64)}
     defaults = defaults.get(args.stage, (0, 0))
     args.steps = defaults[0] if args.steps is None else args.steps
     args.batch = defaults[1] if args.batch is None else args.batch
@@ -670,15 +672,15 @@ def pretrain(args: argparse.Namespace) -> None:
         torch.set_flush_denormal(True)
     if args.stage == "render":
         render_stage(args)
-    elif args.stage in ("face", "judge"):
-        recogniser_stage(args, device, judge=args.stage == "judge")
+    elif args.stage in ("face", "eval_encoder"):
+        recogniser_stage(args, device, eval_encoder=args.stage == "eval_encoder")
     else:
         {"vae": vae_stage, "encode": encode_stage, "base": base_stage, "head": head_stage,
          "export": export_stage}[args.stage](args, device)
 
 
 def main(words: list[str] | None = None) -> int:
-    return command("pretrain.py", lambda: pretrain(parse_arguments(words)))
+    return command("toy.pretrain", lambda: pretrain(parse_arguments(words)))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from workers import like, put, whole
+from training.workers import full_tensor, like, put
 
 # Words in the names of LTX-2.3's matrices that are not between hidden layers.
 KEEP_FROM_MUON = ("patchify_proj", "proj_out", "adaln", "embed_tokens", "scale_shift_table", "registers", "aggregate")
@@ -67,7 +67,7 @@ class MuonAdamW:
         for name, p in self.matrices.items():
             m = self.momentum[name]
             m.lerp_(p.grad, 0.05)
-            update = orthogonalize(whole(torch.lerp(p.grad, m, 0.95)).flatten(1))  # Nesterov: look one step ahead
+            update = orthogonalize(full_tensor(torch.lerp(p.grad, m, 0.95)).flatten(1))  # Nesterov: look one step ahead
             # 0.2 sqrt(longer side) gives the update AdamW's usual size per number, so rates carry over between shapes
             lr = self.lr_matrix * scale * 0.2 * max(update.shape) ** 0.5
             p.add_(like(update.view(p.shape), p), alpha=-lr)
@@ -105,7 +105,7 @@ def schedule(step: int, steps: int, warmup: int = 100, decay: float = 0.5, final
     return min(1.0, (step + 1) / max(1, warmup), final + (1 - final) * left)
 
 
-class Average:
+class EMA:
     """Exponential moving average of weights, the ones that are shipped: steadier than the last step's."""
 
     def __init__(self, named: dict[str, Tensor], decay: float = 0.998):

@@ -12,7 +12,7 @@ positive. Off-values: `log_y=False`, `bands=None`; series that are all named "" 
 steps twice: the later line counts. With more runs than colours (7) the colours start again.
 
     curves({"": read_log("runs/a/log.jsonl")}, "curves.png")                     from Python, one run
-    python plot.py runs/a/log.jsonl runs/b/log.jsonl --out curves.png            two runs, named a and b
+    python -m training.plot runs/a/log.jsonl runs/b/log.jsonl --out curves.png            two runs, named a and b
 
 Read next: validate.py
 """
@@ -29,7 +29,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from run import write_beside
+from common.files import atomic_write
 
 # Okabe and Ito's colours, told apart by colour-blind readers; their yellow is left out, it is too pale on white
 PALETTE = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (230, 159, 0), (86, 180, 233), (0, 0, 0))
@@ -244,11 +244,11 @@ def curves(logs: dict[str, list[dict]], path: str | Path) -> None:
     sheet = Image.new("RGB", (width * min(2, len(panels)), height * math.ceil(len(panels) / 2)), "white")
     for i, picture in enumerate(panels):
         sheet.paste(picture, (i % 2 * width, i // 2 * height))
-    write_beside(path, lambda beside: sheet.save(beside, format="PNG"))
+    atomic_write(path, lambda beside: sheet.save(beside, format="PNG"))
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="plot.py", description="Draw what runs logged, one panel per number.")
+    parser = argparse.ArgumentParser(prog="training.plot", description="Draw what runs logged, one panel per number.")
     parser.add_argument("logs", nargs="+", type=Path, metavar="log.jsonl", help="one or more, named by their folders")
     parser.add_argument("--out", type=Path, default=Path("curves.png"), help="PNG to write (default: %(default)s)")
     args = parser.parse_args(arguments)

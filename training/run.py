@@ -15,7 +15,7 @@ execute anything. They hold whole tensors, so the number of processes may change
 Conventions. `done` = steps that are finished; `seconds` = time spent in steps over all commands. Exit status 128 + signal
 after Ctrl-C (130) or SIGTERM (143).
 
-    run = Run("runs/mine", named, optimizer, Average(named), settings={"lr": 1e-3})
+    run = Run("runs/mine", named, optimizer, EMA(named), settings={"lr": 1e-3})
     for step in run.steps(total=3000, minutes=60, samples_per_step=16, name="mine"):
         ...
         run.record(loss=loss.item())
@@ -25,23 +25,18 @@ Read next: plot.py
 
 from __future__ import annotations
 
-import argparse
-import gc
 import json
 import math
-import os
 import random
 import resource
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -49,34 +44,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import parse_json
-from optim import Average, MuonAdamW
-from workers import put, start_workers, sum_all, whole
+from common.files import atomic_write, parse_json
+from training.optim import EMA, MuonAdamW
+from training.workers import all_reduce, full_tensor, put, start_workers
 
 LOG_EVERY = 10  # steps; the log has their mean
-
-
-def write_beside(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Call `write(temporary path)`, then rename onto `path`: a reader sees the old file or the new one, never half.
-
-    Raises OSError, also for what safetensors has its own type: a full disk.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    except SafetensorError as error:
-        raise OSError(f"cannot write {path}: {error}; make room, or choose another folder") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_state(path: str | Path, tensors: dict[str, Tensor], info: dict) -> None:
     """Training state -> one safetensors file; `info` (JSON-able) goes into its metadata."""
     tensors = {k: v.detach().contiguous().cpu().clone() for k, v in tensors.items()}
-    write_beside(path, lambda p: save_file(tensors, p, metadata={"info": json.dumps(info)}))
+    atomic_write(path, lambda p: save_file(tensors, p, metadata={"info": json.dumps(info)}))
 
 
 def load_state(path: str | Path) -> tuple[dict[str, Tensor], dict]:
@@ -106,85 +84,6 @@ def check_finite(step: int, terms: dict[str, float], clips: str) -> None:
                              "again: the last saved state is from before")
 
 
-# ------------------------------------------------------------ what every command does
-
-
-def one_line(text: str) -> str:
-    """Whatever a library or a file name had to say, as one line that fits a screen and cannot steer a terminal."""
-    text = " ".join("".join(char if char.isprintable() else " " for char in text).split())
-    return text if len(text) <= 500 else f"{text[:250]} ... {text[-200:]}"
-
-
-class Parser(argparse.ArgumentParser):
-    """One line per mistake; argparse alone prints the whole usage first."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {one_line(message)}; see {self.prog} --help\n")
-
-
-def check_ranges(args: argparse.Namespace, ranges: dict[str, tuple[float, float]]) -> None:
-    """Raise ValueError for a number outside its range, both ends included. None passes; NaN fails every comparison."""
-    for name, (low, high) in ranges.items():
-        given = getattr(args, name)
-        for value in given if isinstance(given, list) else [given]:
-            if value is not None and not low <= value <= high:
-                raise ValueError(f"expected --{name.replace('_', '-')} between {low} and {high:g}, got {value}; see --help")
-
-
-def check_folder(folder: Path) -> None:
-    """Raise ValueError unless files can be written there, or the folder can be made: now, and not after the first hour."""
-    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(p))
-    try:
-        with tempfile.TemporaryFile(dir=there):  # permission bits alone miss files and read-only disks
-            pass
-    except OSError as error:
-        raise ValueError(f"expected a folder to write in, got {folder} ({error.strerror}); choose another") from None
-
-
-@contextmanager
-def stoppable() -> Iterator[None]:
-    """Inside, Ctrl-C and SIGTERM raise KeyboardInterrupt(their number), wherever the program was started from."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    def stop(number: int, frame: object) -> None:
-        sys.unraisablehook = lambda _: None  # a progress bar that was just being made complains when it is thrown away
-        raise KeyboardInterrupt(number)
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def command(name: str, work: Callable[[], object], stopped: str = "the same command goes on",
-            smaller: str = "take fewer or smaller clips at a time") -> int:
-    """Run a script's work; its exit status. What a user can mend is one line and 2; stopped by Ctrl-C 130, SIGTERM 143.
-
-    stopped: what is said then; smaller: what to do when memory does not suffice.
-    During the steps of a run both signals are only noted, see `Run.signals`.
-    """
-    hook = sys.unraisablehook
-    try:
-        with stoppable():
-            work()
-        return 0
-    except KeyboardInterrupt as signalled:
-        status, told = 128 + (signalled.args[0] if signalled.args else signal.SIGINT), f"stopped; {stopped}"
-    except (ValueError, OSError, SafetensorError, MemoryError, RuntimeError) as error:
-        status, told = 2, one_line(str(error))
-        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in told):
-            told = f"expected enough memory for this size, got too little; {smaller}"
-        elif isinstance(error, RuntimeError):
-            raise  # a mistake of ours, which needs its traceback
-        told = "error: " + told + ("" if "; " in told else "; check that file and the free space")
-    gc.collect()  # frees what the error kept alive, by now: progress bars are closed, and their lines ended
-    print(f"{name}: {told}", file=sys.stderr)
-    sys.unraisablehook = hook
-    return status
-
-
 class Run:
     """One resumable training run in a folder: `state-<step>.safetensors`, `log.jsonl`, pictures.
 
@@ -195,9 +94,9 @@ class Run:
     settings: what must not change on the way (JSON-able); resuming with others raises ValueError naming the first.
     """
 
-    def __init__(self, folder: str | Path, model: dict[str, nn.Parameter], optimizer: MuonAdamW, average: Average,
+    def __init__(self, folder: str | Path, model: dict[str, nn.Parameter], optimizer: MuonAdamW, average: EMA,
                  settings: dict | None = None, keep: int = 2):
-        self.folder, self.model, self.optimizer, self.average = Path(folder), model, optimizer, average
+        self.folder, self.model, self.optimizer, self.ema = Path(folder), model, optimizer, average
         self.settings, self.keep = settings or {}, keep
         self.rank, self.world = start_workers()
         self.done, self.seconds, self.signal = 0, 0.0, 0
@@ -230,7 +129,7 @@ class Run:
             if key in self.settings and self.settings[key] != old:
                 raise ValueError(f"expected {key} = {old!r}, with which the run in {self.folder} was begun, got "
                                  f"{self.settings[key]!r}; go on with the old value, or choose another folder")
-        mine = {f"{prefix}.{k}": p for prefix, named in (("model", self.model), ("average", self.average.shadow))
+        mine = {f"{prefix}.{k}": p for prefix, named in (("model", self.model), ("ema", self.ema.shadow))
                 for k, p in named.items()}
         for name, p in mine.items():
             if name not in tensors or tensors[name].shape != p.shape:
@@ -246,10 +145,10 @@ class Run:
         """Write the state; every process takes part, because each holds only its shards. Raises OSError, one line, and
         ValueError rather than put a state that is no number any more in the place of a good one."""
         tensors = {f"model.{k}": p for k, p in self.model.items()}
-        tensors |= {f"average.{k}": v for k, v in self.average.shadow.items()} | self.optimizer.state()
+        tensors |= {f"ema.{k}": v for k, v in self.ema.shadow.items()} | self.optimizer.state()
         kept = {}
         for name, tensor in tensors.items():
-            tensor = whole(tensor.detach())
+            tensor = full_tensor(tensor.detach())
             if self.rank == 0:
                 kept[name] = tensor
         if self.rank != 0:
@@ -271,11 +170,11 @@ class Run:
             old.unlink()
 
     @contextmanager
-    def averaged(self) -> Iterator[None]:
+    def ema_weights(self) -> Iterator[None]:
         """Inside, the model holds its averaged weights: for looking at it and for saving the result."""
         now = {k: p.detach().clone() for k, p in self.model.items()}
         with torch.no_grad():
-            for k, v in self.average.shadow.items():
+            for k, v in self.ema.shadow.items():
                 self.model[k].copy_(v)
         try:
             yield
@@ -324,13 +223,13 @@ class Run:
                     lines.append(line + "\n")
             except (ValueError, KeyError, TypeError):
                 continue  # cut off by the kill
-        write_beside(path, lambda p: p.write_text("".join(lines)))
+        atomic_write(path, lambda p: p.write_text("".join(lines)))
 
     # ------------------------------------------------------------ the loop
 
     def agree(self, *wishes: bool) -> list[bool]:
         """One process's wish is everybody's: processes that stop at different steps would wait for each other for ever."""
-        return (sum_all(torch.tensor(wishes, dtype=torch.float32)) > 0).tolist()
+        return (all_reduce(torch.tensor(wishes, dtype=torch.float32)) > 0).tolist()
 
     @contextmanager
     def signals(self) -> Iterator[None]:

@@ -2,7 +2,7 @@
 
 The idea. The training loss of a diffusion model says little: every step has other clips, other noise levels, other noise.
 Here the clips, the noise and the references are fixed, so that two looks at one run, or at two runs, differ only by
-the weights. A sheet is the better judge of identity: each row is a reference, then frames of what the model makes of it
+the weights. A sheet is the better eval_encoder of identity: each row is a reference, then frames of what the model makes of it
 and the clip's caption.
 
 our reading: all of it; ST-DRC (arXiv 2606.02441) shows no training curves. Dropout and augmentation are off here, guidance
@@ -23,14 +23,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-import plot
-from dataset import RealClips, WorldClips
+from clips.dataset import RealClips, WorldClips
+from clips.video import picks, save_sheet
 from denoise import INFERENCE, denoise
+from ltx.vae import VideoVAE
 from model import VideoTransformer, ltx_sigmas
 from reference import encode_reference
-from run import Run, check_finite, seeded
-from vae import VideoVAE
-from video import picks, save_sheet
+from training import plot
+from training.run import Run, check_finite, seeded
 
 LOOKS = 4   # times that every clip is looked at, each with other noise
 SHOWN = 4   # clips on the sheet
@@ -44,7 +44,7 @@ def validate(run: Run, clips: WorldClips | RealClips, size: int, held_out: bool,
     compute(batch, generators) -> losses (2,) and how many clips each is a mean over (2,); sample(indices) -> rows of
     pictures for the sheet; size: clips in one batch. Raises ValueError when a loss is not finite.
     """
-    with run.averaged():
+    with run.ema_weights():
         if held_out:
             losses = validation_loss(clips, size, compute, run.done)
             run.log(run.done + 1, **losses)  # within the step, which is not counted yet

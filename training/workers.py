@@ -9,18 +9,18 @@ all must end every step with the same weights. Two ways to get there:
           but a model, or its AdamW state, that fits on no single card can be trained.
 
 The failure this prevents: N processes that average their *means*. A process whose clips show no face would halve the
-face loss of the others. So losses are sums divided by counts over everybody (`sum_all`), and the result does not depend
+face loss of the others. So losses are sums divided by counts over everybody (`all_reduce`), and the result does not depend
 on how many processes shared the work.
 
-our reading: all of it; ST-DRC (arXiv 2606.02441) says nothing about devices. Saved tensors are always whole (`whole`), so a
+our reading: all of it; ST-DRC (arXiv 2606.02441) says nothing about devices. Saved tensors are always whole (`full_tensor`), so a
 run may go on with another number of processes.
 
 Conventions. rank 0 .. world - 1. Without torchrun world is 1, and every function here returns at once. A sharded tensor
-is a DTensor; `whole` and `put` are called by all processes together, in the same order, or they wait for ever.
+is a DTensor; `full_tensor` and `put` are called by all processes together, in the same order, or they wait for ever.
 
     rank, world = start_workers()
     if world > 1 and can_shard(): shard(model, "cpu")
-    count = sum_all(torch.tensor([3.0]))
+    count = all_reduce(torch.tensor([3.0]))
 
 Read next: run.py
 """
@@ -66,7 +66,7 @@ def device_name() -> str:
 # ---------------------------------------------------------------- sums over all processes
 
 
-def sum_all(values: Tensor) -> Tensor:
+def all_reduce(values: Tensor) -> Tensor:
     """Sum over all processes, elementwise; the same on each of them. On the CPU, shape kept."""
     if not dist.is_initialized():
         return values
@@ -128,7 +128,7 @@ def is_shard(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A tensor, or all shards of one put together on every process."""
     return tensor.full_tensor() if is_shard(tensor) else tensor
 

@@ -1,8 +1,8 @@
 """Everything that users, disks and the plug do to the commands, and what each command said about it: one table.
 
-    python tests/torture.py                 # all cases and faults, minutes
-    python tests/torture.py --quick         # a representative part, under 50 s
-    python tests/torture.py --only "PNG"    # those whose name contains it
+    python -m bench.torture                 # all cases and faults, minutes
+    python -m bench.torture --quick         # a representative part, under 50 s
+    python -m bench.torture --only "PNG"    # those whose name contains it
 
 The idea. A command that fails well says in one line what is wrong and what to do, ends with status 2 and leaves no file
 behind. That is a claim about hundreds of inputs that nobody types twice, so they are collected as rows of a table (`Case`):
@@ -44,8 +44,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a forked child cannot use threads that its parent has started
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
+ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = ROOT / "weights" / "tiny"
 QUICK_SECONDS = 50
 HANG = 300  # seconds that a command may take without using the processor; long, for machines that do other work
@@ -114,7 +113,7 @@ def show(command: list[str]) -> str:
 
 
 def main_of(script: str) -> Callable[[list[str]], int | None]:
-    module = importlib.import_module(Path(script).stem)
+    module = importlib.import_module(script.removesuffix(".py"))
     return module.main if inspect.signature(module.main).parameters else lambda _: module.main()
 
 

@@ -20,7 +20,8 @@ import torch
 from clipfiles import TURNS, draw_moving, faces_file, write, write_sound
 from PIL import Image
 from safetensors.torch import save_file
-from torture import ROOT, WEIGHTS, Case
+
+from bench.torture.__main__ import ROOT, WEIGHTS, Case
 
 SHAPES = ["--buckets", "32x48x9,48x32x9,32x48x1,48x32x1"]
 TINY = ["--checkpoint-path", str(WEIGHTS / "model.safetensors"), "--gemma-root", str(WEIGHTS / "gemma")]
@@ -33,7 +34,7 @@ def nothing(folder: Path) -> None:
 
 
 def check(folder: Path, *more: str, manifest: str = "m.jsonl") -> list[str]:
-    return ["clips.py", "check", manifest, *SHAPES, "--time-scale", "4", "--space-scale", "8", *more]
+    return ["clips.manifest", "check", manifest, *SHAPES, "--time-scale", "4", "--space-scale", "8", *more]
 
 
 def listed(folder: Path, *rows: object, name: str = "m.jsonl") -> None:
@@ -65,7 +66,7 @@ def clip(name: str, says: str, make: Callable[[Path], object], file: str = "a.mp
     return Case(f"clip: {name}", command, 1 if says else 0, f"row 1: {says}" if says else "1 of 1 rows are used", **options)
 
 
-def whole(name: str, says: str, data: bytes | None, file: str = "m.jsonl", prepare: Prepare = nothing, **options: object
+def full_tensor(name: str, says: str, data: bytes | None, file: str = "m.jsonl", prepare: Prepare = nothing, **options: object
           ) -> Case:
     """A manifest that cannot be read at all."""
     def command(folder: Path) -> list[str]:
@@ -204,23 +205,23 @@ def a_pipe(folder: Path) -> None:
 
 
 MANIFESTS = [
-    whole("missing", "no such file", None),
-    whole("a folder", "a folder", None, "out"),
-    whole("a pipe", "no such file", None, prepare=a_pipe),
-    whole("empty", "expected rows in .*, got none", b"", quick=True),
-    whole("only empty lines", "expected rows in .*, got none", b"\n \n\n"),
-    whole("not UTF-8", "utf-8", b'{"video": "a.mp4", "caption": "caf\xe9"}\n', quick=True),
-    whole("UTF-16", "utf-8", '{"video": "a.mp4"}'.encode("utf-16")),
-    whole("another ending", "its name ends otherwise", b"a.mp4\n", "m.txt"),
-    whole("JSON cut off", "got", b'[{"video": "a.mp4",', "m.json"),
-    whole("JSON without a list", "no list inside", b'{"rows": []}', "m.json"),
-    whole("JSON, an empty list", "expected rows", b"[]", "m.json"),
-    whole("JSON nested 100,000 deep", "nested deeper than 32 levels", b"[" * 100_000, "m.json", quick=True),
-    whole("JSON, a number of 10,000 digits", "got", b"9" * 10_000, "m.json"),
-    whole("CSV, a quote that never ends", "got", b'video,caption\n"a.mp4,x\n', "m.csv"),
-    whole("CSV, a field of a million characters", "field larger", b"video,caption\na.mp4," + b"x" * 10**6, "m.csv"),
+    full_tensor("missing", "no such file", None),
+    full_tensor("a folder", "a folder", None, "out"),
+    full_tensor("a pipe", "no such file", None, prepare=a_pipe),
+    full_tensor("empty", "expected rows in .*, got none", b"", quick=True),
+    full_tensor("only empty lines", "expected rows in .*, got none", b"\n \n\n"),
+    full_tensor("not UTF-8", "utf-8", b'{"video": "a.mp4", "caption": "caf\xe9"}\n', quick=True),
+    full_tensor("UTF-16", "utf-8", '{"video": "a.mp4"}'.encode("utf-16")),
+    full_tensor("another ending", "its name ends otherwise", b"a.mp4\n", "m.txt"),
+    full_tensor("JSON cut off", "got", b'[{"video": "a.mp4",', "m.json"),
+    full_tensor("JSON without a list", "no list inside", b'{"rows": []}', "m.json"),
+    full_tensor("JSON, an empty list", "expected rows", b"[]", "m.json"),
+    full_tensor("JSON nested 100,000 deep", "nested deeper than 32 levels", b"[" * 100_000, "m.json", quick=True),
+    full_tensor("JSON, a number of 10,000 digits", "got", b"9" * 10_000, "m.json"),
+    full_tensor("CSV, a quote that never ends", "got", b'video,caption\n"a.mp4,x\n', "m.csv"),
+    full_tensor("CSV, a field of a million characters", "field larger", b"video,caption\na.mp4," + b"x" * 10**6, "m.csv"),
 ]
-CHECKED = [options("clips.py", *words, says=says, before=("check", "none.jsonl")) for words, says in (
+CHECKED = [options("clips.manifest", *words, says=says, before=("check", "none.jsonl")) for words, says in (
     (("--buckets", "32x48"), "expected buckets such as"), (("--buckets", ""), "expected buckets such as"),
     (("--buckets", "33x48x9"), "multiples of 32"), (("--buckets", "0x0x0"), "multiples of 32"),
     (("--buckets=-32x-32x9",), "multiples of 32"), (("--buckets", "32x64x8"), r"8k\+1 frames"),
@@ -229,7 +230,7 @@ CHECKED = [options("clips.py", *words, says=says, before=("check", "none.jsonl")
     (("--frame-rate", "inf"), "frame rate above 0"), (("--frame-rate", "fast"), "--frame-rate"),
     (("--time-scale", "0"), "scales of at least 1"), (("--space-scale", "-8"), "scales of at least 1"),
     (("--no-such-flag",), "unrecognized|No such|no-such-flag"), (("--root",), "--root"))]
-CHECKED += [Case("clips.py: an unknown command", lambda folder: ["clips.py", "chek", "m.jsonl"], 2, "chek")]
+CHECKED += [Case("clips.py: an unknown command", lambda folder: ["clips.manifest", "chek", "m.jsonl"], 2, "chek")]
 
 # ------------------------------------------------------------ the commands that read weights and clips
 
@@ -258,11 +259,11 @@ WEIGHTS_WRONG = ((("--checkpoint-path", "none.safetensors"), "no file at"),
                  (("--checkpoint-path", "other.safetensors"), "expected"), (("--checkpoint-path", "out"), "a folder"),
                  (("--gemma-root", "none"), "config.json"), (("--gemma-root", "file"), "config.json"))
 CACHING = ("m.jsonl", *TINY, *SHAPES, "--folder", "out/cache")
-CACHE = [reads("cache.py", *words, says=says, before=CACHING) for words, says in (
+CACHE = [reads("clips.cache", *words, says=says, before=CACHING) for words, says in (
     *WEIGHTS_WRONG, (("--buckets", "30x48x9"), "multiples of 8"), (("--frame-rate", "nan"), "frame rate above 0"),
     (("--device", "tpu"), "expected a device of this machine"), (("--offload-text", "moon"), "moon"))]
-CACHE += [reads("cache.py", "none.jsonl", *CACHING[1:], says="no such file", quick=True),
-          reads("cache.py", says="required")]
+CACHE += [reads("clips.cache", "none.jsonl", *CACHING[1:], says="no such file", quick=True),
+          reads("clips.cache", says="required")]
 
 TRAINING = (*TINY, "--face", str(WEIGHTS / "face.safetensors"), "--out", "out/run", "--steps", "1", "--manifest", "m.jsonl",
             *SHAPES, "--cache", "out/cache")
@@ -282,26 +283,26 @@ TRAIN += [reads("train.py", *words, says=says, before=TRAINING) for words, says 
 TRAIN += [reads("train.py", *TRAINING, says="expected .*row|usable|used|clips", quick=True)]
 
 EVALUATING = (*TINY, "--people", "4", "--folder", "out/rows", "--output-path", "out/e.json")
-EVALUATE = [reads("evaluate.py", f"--{name}", *value.split(), says=says, before=EVALUATING) for name, value, says in (
+EVALUATE = [reads("study.evaluate", f"--{name}", *value.split(), says=says, before=EVALUATING) for name, value, says in (
     ("people", "0", "--people"), ("people", "-1", "--people"), ("people", "999999999", "; "), ("people", "x", "--people"),
     ("prompts", "0", "--prompts"), ("num-inference-steps", "0", "--num-inference-steps"), ("text-scale", "nan", "-scale"),
     ("ref-scale", "-1", "--ref-scale"), ("ref-scale", "inf", "--ref-scale"), ("rescale", "2", "--rescale"),
     ("guide-range", "1 0", "; "), ("guide-range", "nan 1", "; "), ("guide-every", "0", "; "), ("seed", "-1", "--seed"),
     ("split", "train", "split"), ("order", "x", "order"), ("rows", "x", "rows"), ("dtype", "fp8", "dtype"),
-    ("judge", "none.safetensors", "; "), ("head", "evil.pt", "; "), ("output-path", "file/e.json", "; "),
+    ("eval_encoder", "none.safetensors", "; "), ("head", "evil.pt", "; "), ("output-path", "file/e.json", "; "),
     ("folder", "file", "; "), ("videos", "none", "; "), ("videos", "out", "; "), ("videos", "file", "; "))]
-EVALUATE += [reads("evaluate.py", *words, says=says, before=EVALUATING) for words, says in WEIGHTS_WRONG]
+EVALUATE += [reads("study.evaluate", *words, says=says, before=EVALUATING) for words, says in WEIGHTS_WRONG]
 
-PRETRAIN = [options("pretrain.py", *words, says=says) for words, says in (
+PRETRAIN = [options("toy.pretrain", *words, says=says) for words, says in (
     (("sing",), "sing"), ((), "stage"), (("vae", "--steps", "0"), "; "), (("base", "--steps", "-1"), "; "),
     (("vae", "--steps", "x"), "--steps"), (("base", "--batch", "0"), "; "), (("vae", "--minutes", "nan"), "; "),
     (("render", "--clips", "0"), "; "), (("render", "--clips", "-5"), "; "), (("face", "--seed", "-1"), "; "),
     (("head", "--wide",), "--wide"))]
-ABLATE = [options("ablate.py", *words, says=says, before=("run", "--folder", "out/a", *TINY)) for words, says in (
+ABLATE = [options("study.ablate", *words, says=says, before=("run", "--folder", "out/a", *TINY)) for words, says in (
     (("--steps", "0"), "--steps"), (("--batch", "-1"), "--batch"), (("--people", "1"), "--people"),
     (("--jobs", "0"), "--jobs"), (("--minutes", "nan"), "--minutes"), (("--seeds", "1", "1"), "--seeds"),
     (("--seeds", "-1"), "--seeds"),
     (("--seeds", "x"), "--seeds"), (("--only", "all"), "--only"), (("--num-inference-steps", "0"), "--num-inference-steps"))]
-ABLATE += [options("ablate.py", "fly", says="fly")]
+ABLATE += [options("study.ablate", "fly", says="fly")]
 
 CASES = [*ROWS, *CLIPS, *MANIFESTS, *CHECKED, *CACHE, *TRAIN, *EVALUATE, *PRETRAIN, *ABLATE]

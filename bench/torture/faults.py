@@ -12,7 +12,7 @@ nothing. The commands run in forks of this process, on a random checkpoint of a 
 bundled one. A full disk is a tmpfs of a few megabytes where this process may mount one, otherwise a bound on the size of
 files (RLIMIT_FSIZE).
 
-    python tests/torture.py --only SIG
+    python -m bench.torture --only SIG
 
 Read next: test_faults.py
 """
@@ -41,12 +41,11 @@ import torch
 from clipfiles import draw_moving, manifest, write
 from safetensors import SafetensorError, safe_open
 from tiny import write_tiny
-from torture import ROOT, Row, show
 
-import cache
-import checkpoint
-import run
-import video
+from bench.torture.__main__ import ROOT, Row, show
+from clips import cache, video
+from ltx import checkpoint
+from training import run
 
 MOMENTS, FEW = 10, 1  # how often each command is hit by each signal: in the whole table, with --quick
 TINY = ROOT / "weights" / "tiny"
@@ -85,7 +84,7 @@ def read_clips() -> list[str]:
 
 
 def caching() -> list[str]:
-    return ["cache.py", str(bench() / "clips" / "manifest.jsonl"), *read_clips(), *weights(), "--folder", "out"]
+    return ["clips.cache", str(bench() / "clips" / "manifest.jsonl"), *read_clips(), *weights(), "--folder", "out"]
 
 
 def training(steps: int = 6) -> list[str]:
@@ -95,7 +94,7 @@ def training(steps: int = 6) -> list[str]:
 
 
 def evaluating() -> list[str]:
-    return ["evaluate.py", "--people", "4", "--num-inference-steps", "1", "--rows", "own reference", "no reference",
+    return ["study.evaluate", "--people", "4", "--num-inference-steps", "1", "--rows", "own reference", "no reference",
             "--folder", "out/rows", "--output-path", "out/e.json"]
 
 
@@ -193,7 +192,7 @@ def start(words: list[str], folder: Path, prepare: Callable[[], object] = lambda
     """Fork; in the child: the folder as the current one, prepare(), then the command's main."""
     if words[0] == "train.py":
         importlib.import_module("torch._dynamo")  # every optimiser imports it, for seconds; the forks need not
-    module = importlib.import_module(Path(words[0]).stem)
+    module = importlib.import_module(words[0].removesuffix(".py"))
     (folder / "out").mkdir(parents=True, exist_ok=True)
     log = folder / "stderr"
     sys.stdout.flush()
@@ -257,7 +256,7 @@ def names(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder / "out")) for path in (folder / "out").rglob("*") if path.is_file())
 
 
-def judge(name: str, folder: Path, number: int, status: int, said: str) -> list[str]:
+def eval_encoder(name: str, folder: Path, number: int, status: int, said: str) -> list[str]:
     """What is wrong after a command was hit by a signal."""
     work, wanted, wrong = WORKS[name], straight(name)[0], []
     if status != 128 + number:
@@ -293,7 +292,7 @@ def hit(name: str, number: int, folder: Path, draw: random.Random) -> tuple[int,
             break  # otherwise it was faster this time, and there was nothing to disturb
     else:
         raise RuntimeError(f"{name} was never hit in time")
-    left, wrong = names(folder), judge(name, folder, number, status, said)
+    left, wrong = names(folder), eval_encoder(name, folder, number, status, said)
     again, told, _ = start(work.words(), folder).wait()
     if again:
         return status, said, left, [*wrong, f"the next run ends with {again}: {told[-300:]}"]
@@ -398,7 +397,7 @@ def numbers(version: int) -> dict[str, torch.Tensor]:
 # name of the file, how version n of it is written
 WRITERS: dict[str, tuple[str, Callable[[Path, int], object]]] = {
     "run.save_state": ("state.safetensors", lambda path, n: run.save_state(path, numbers(n), {"step": n})),
-    "run.write_beside": ("record.json", lambda path, n: run.write_beside(path, lambda p: p.write_text(f"{n:6d}" * 9999))),
+    "run.atomic_write": ("record.json", lambda path, n: run.atomic_write(path, lambda p: p.write_text(f"{n:6d}" * 9999))),
     "checkpoint.write_file": ("lora.safetensors", lambda path, n: checkpoint.write_file(path, numbers(n), {"n": str(n)})),
     "cache": ("context.safetensors", lambda path, n: cache._write_beside(path, f"{n:6d}".encode() * 9999)),
     "video.write_outputs": ("out.mp4", write_video),

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
-from torture import ROOT, WEIGHTS, Case
 
+from bench.torture.__main__ import ROOT, WEIGHTS, Case
 from reference import letterbox
 
 OUT = ("out.json", "out.mp4", "out.png")
@@ -325,7 +325,7 @@ def parts(path: Path) -> tuple[dict, bytes]:
     return json.loads(data[8 : 8 + length]), data[8 + length :]
 
 
-def whole(table: dict | bytes, numbers: bytes) -> bytes:
+def full_tensor(table: dict | bytes, numbers: bytes) -> bytes:
     text = table if isinstance(table, bytes) else json.dumps(table).encode()
     return len(text).to_bytes(8, "little") + text + numbers
 
@@ -334,7 +334,7 @@ def nan_inside(path: Path, name: str) -> None:
     """The bundled checkpoint with one tensor of NaN (all bits set, in every floating-point type)."""
     table, numbers = parts(WEIGHTS / "model.safetensors")
     begin, end = table[name]["data_offsets"]
-    path.write_bytes(whole(table, numbers[:begin] + b"\xff" * (end - begin) + numbers[end:]))
+    path.write_bytes(full_tensor(table, numbers[:begin] + b"\xff" * (end - begin) + numbers[end:]))
 
 
 def flip(path: Path, place: int, bit: int = 3) -> None:
@@ -362,7 +362,7 @@ def header(name: str, change: Callable[[dict], object], says: str = "expected", 
         config = table["__metadata__"].get("config")
         if config is not None and not isinstance(config, str):
             table["__metadata__"]["config"] = json.dumps(config)
-        path.write_bytes(whole(table, numbers))
+        path.write_bytes(full_tensor(table, numbers))
     return weights(name, write, says, **options)
 
 
@@ -393,7 +393,7 @@ def lora_as_checkpoint(path: Path) -> None:
     for i, end in enumerate(("lora_A", "lora_B")):
         name = f"diffusion_model.transformer_blocks.0.attn1.to_q.{end}.weight"
         table[name] = {"dtype": "F32", "shape": [2, 2], "data_offsets": [16 * i, 16 * i + 16]}
-    path.write_bytes(whole(table, bytes(32)))
+    path.write_bytes(full_tensor(table, bytes(32)))
 
 
 FIRST = "model.diffusion_model.patchify_proj.weight"
@@ -410,7 +410,7 @@ WEIGHT_FILES = [
     weights("weights cut off inside the header", lambda p: p.write_bytes(p.read_bytes()[:1000]), "cut off"),
     weights("weights of 5 bytes", lambda p: p.write_bytes(b"\x01\0\0\0\0"), quick=True),
     weights("a header of 2^63 bytes", lambda p: p.write_bytes(b"\0" * 7 + b"\x80{}" + bytes(99)), quick=True),
-    weights("a header nested 100 000 deep", lambda p: p.write_bytes(whole(b'{"a":' * 10**5 + b"0" + b"}" * 10**5, b""))),
+    weights("a header nested 100 000 deep", lambda p: p.write_bytes(full_tensor(b'{"a":' * 10**5 + b"0" + b"}" * 10**5, b""))),
     weights("a text called .safetensors", lambda p: p.write_text("weights, promised"), quick=True),
     weights("a web page called .safetensors", lambda p: p.write_text("<html>Please log in</html>"), "a web page"),
     weights("a git-lfs pointer", lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\n"), "git lfs pull"),
@@ -508,7 +508,7 @@ def texts(file: str) -> list[Case]:
 
 def lora(name: str, table: dict, says: str = "", numbers: bytes = bytes(64), **options: object) -> Case:
     def command(folder: Path) -> list[str]:
-        (folder / "l.safetensors").write_bytes(whole(table, numbers))
+        (folder / "l.safetensors").write_bytes(full_tensor(table, numbers))
         return sample("--lora", "l.safetensors")
     return Case(f"LoRA: {name}", command, says=says, **options)
 
@@ -545,7 +545,7 @@ TEXT_MODEL = [
     gemma("text model's weights cut off", lambda f: cut(f / "model.safetensors"), "cut off"),
     gemma("text model's weights are a text", lambda f: (f / "model.safetensors").write_text("x"), "expected"),
     gemma("NaN in the text model", lambda f: (f / "model.safetensors").write_bytes(
-        (lambda table, numbers: whole(table, b"\xff" * len(numbers)))(*parts(f / "model.safetensors"))), "NaN",
+        (lambda table, numbers: full_tensor(table, b"\xff" * len(numbers)))(*parts(f / "model.safetensors"))), "NaN",
         seconds=SAMPLING),
     with_flags("LoRA missing", "--lora", "gone.safetensors", says="--lora", quick=True),
     with_flags("LoRA is the checkpoint", "--lora", str(WEIGHTS / "model.safetensors"), says="check --lora"),

@@ -31,7 +31,6 @@ Usage:
 Read next: vae.py
 """
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -130,51 +129,6 @@ LTX23_SWITCHES = {
 # ---------------------------------------------------------------- parts of a block
 
 
-class Linear(nn.Linear):
-    """nn.Linear (..., D) -> (..., O), faster for sampling in float32 on a CPU; see wide_linear."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return wide_linear(x, self.weight, self.bias)  # (..., D) -> (..., O)
-
-
-def wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (..., D), weight (O, D), bias (O,) -> (..., O).
-
-    PyTorch hands a float32 matrix product on a CPU to MKL, which uses half of the vector width of an AMD processor. The
-    operation that PyTorch's own compiler puts in its place goes to oneDNN, which uses all of it: 210 against 460 GFLOP/s
-    on two Zen 5 cores (tests/bench.py prints both). It has no gradient and is not for other types or devices.
-    """
-    plain = x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32
-    if plain or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
-        return F.linear(x, weight, bias)
-    if not torch.backends.mkldnn.enabled:
-        return F.linear(x, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
-SCORES = 2**20  # attention scores at a time: few enough to stay in a processor's cache
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """softmax(q k' / sqrt(hd) + bias) v. q (B, nh, N, hd), k, v (B, nh, M, hd) -> (B, nh, N, hd).
-
-    PyTorch's fused attention, except for sampling in bf16 on a CPU, where it makes no use of the processor's bf16 units;
-    the three steps written out take half to a third of its time. What that costs: scores are rounded before the
-    softmax, and the bf16 error of the bundled model's velocity becomes 1.28 % instead of 1.22 %.
-    """
-    (B, nh, N, hd), M = q.shape, k.shape[2]
-    bf16 = q.device.type == "cpu" and q.dtype == torch.bfloat16
-    if not bf16 or bias is not None or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    q, k, v = (q * hd**-0.5).reshape(B * nh, N, hd), k.reshape(B * nh, M, hd), v.reshape(B * nh, M, hd)
-    out, columns = torch.empty_like(q), k.transpose(1, 2)  # (B*nh, N, hd), (B*nh, hd, M)
-    rows, heads = max(64, SCORES // M // 64 * 64), max(1, SCORES // (N * M))
-    for h, r in itertools.product(range(0, B * nh, heads), range(0, N, rows)):
-        scores = q[h : h + heads, r : r + rows] @ columns[h : h + heads]  # (heads, rows, M)
-        out[h : h + heads, r : r + rows] = scores.softmax(-1) @ v[h : h + heads]
-    return out.unflatten(0, (B, nh))
-
-
 class ChannelNorm(nn.Module):
     """RMS norm with a weight per channel, for queries and keys."""
 
@@ -200,13 +154,13 @@ class Attention(nn.Module):
             raise ValueError(f"expected a width divisible by the heads, got {dim} and {heads}; change one")
         context_dim = dim if context_dim is None else context_dim
         self.heads = heads
-        self.to_q = Linear(dim, dim)
-        self.to_k = Linear(context_dim, dim)
-        self.to_v = Linear(context_dim, dim)
-        self.to_out = nn.ModuleList([Linear(dim, dim)])
+        self.to_q = nn.Linear(dim, dim)
+        self.to_k = nn.Linear(context_dim, dim)
+        self.to_v = nn.Linear(context_dim, dim)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
         self.q_norm = ChannelNorm(dim, eps)
         self.k_norm = ChannelNorm(dim, eps)
-        self.to_gate_logits = Linear(dim, heads)
+        self.to_gate_logits = nn.Linear(dim, heads)
 
     def forward(
         self,
@@ -234,7 +188,7 @@ class Attention(nn.Module):
                 q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
             q, k = q.to(v.dtype), k.to(v.dtype)  # autocast may leave the norms in float32
             bias = None if bias is None else bias.to(v.dtype)
-            out = attend(q, k, v, bias)  # (B, nh, N, hd)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # (B, nh, N, hd)
         gate = 2 * torch.sigmoid(self.to_gate_logits(x))  # (B, N, nh), 1 when the logits are 0
         out = out.transpose(1, 2) * gate[..., None]  # (B, N, nh, hd)
         return self.to_out[0](out.reshape(B, N, D))  # (B, N, D)
@@ -249,8 +203,8 @@ class FeedForward(nn.Module):
     def __init__(self, dim: int, hidden: int | None = None):
         super().__init__()
         hidden = 4 * dim if hidden is None else hidden
-        first = nn.ModuleDict({"proj": Linear(dim, hidden)})
-        self.net = nn.ModuleDict({"0": first, "2": Linear(hidden, dim)})
+        first = nn.ModuleDict({"proj": nn.Linear(dim, hidden)})
+        self.net = nn.ModuleDict({"0": first, "2": nn.Linear(hidden, dim)})
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net["2"](F.gelu(self.net["0"]["proj"](x), approximate="tanh"))  # (B, N, D)
@@ -265,9 +219,9 @@ class AdaLN(nn.Module):
     def __init__(self, dim: int, rows: int):
         super().__init__()
         self.rows = rows
-        embedder = nn.ModuleDict({"linear_1": Linear(SINUSOID, dim), "linear_2": Linear(dim, dim)})
+        embedder = nn.ModuleDict({"linear_1": nn.Linear(SINUSOID, dim), "linear_2": nn.Linear(dim, dim)})
         self.emb = nn.ModuleDict({"timestep_embedder": embedder})
-        self.linear = Linear(dim, rows * dim)
+        self.linear = nn.Linear(dim, rows * dim)
 
     def forward(self, level: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """level (...) float32, already times 1000. Returns rows (..., rows, D) and the embedding (..., D)."""
@@ -361,12 +315,12 @@ class VideoTransformer(nn.Module):
         super().__init__()
         dim = config.dim
         self.config = config
-        self.patchify_proj = Linear(config.in_channels, dim)
+        self.patchify_proj = nn.Linear(config.in_channels, dim)
         self.adaln_single = AdaLN(dim, 9)
         self.prompt_adaln_single = AdaLN(dim, 2)
         self.transformer_blocks = nn.ModuleList([Block(config) for _ in range(config.num_layers)])
         self.scale_shift_table = nn.Parameter(torch.randn(2, dim) / dim**0.5)
-        self.proj_out = Linear(dim, config.out_channels)
+        self.proj_out = nn.Linear(dim, config.out_channels)
 
     def forward(
         self,

@@ -44,6 +44,7 @@ from denoise import INFERENCE, STREAM_NAMES, denoise, guidance_steps
 from guidance import ORDERS, stream_weights
 from ltx import plan
 from ltx.checkpoint import check_weights, load_weights, read_metadata, shapes_from
+from ltx.fast_cpu import FastCPU
 from ltx.lora import load_lora, lora_changes, read_lora
 from ltx.offload import OFFLOADS, cast_linears, load_streamed
 from ltx.text import check_text, encode_once
@@ -294,8 +295,9 @@ def check_paths(args: argparse.Namespace) -> None:
             raise ValueError(f"expected {target} to be free for the output, got a folder or the reference itself; "
                              "change --output-path")
     try:  # permission bits alone miss read-only disks, full ones, and names that are too long
-        temp_path(out).touch()
-        temp_path(out).unlink()
+        trial = temp_path(out)
+        trial.touch()
+        trial.unlink()
     except OSError as error:
         raise ValueError(f"expected a writable folder, got {out.parent} ({error.strerror}); change --output-path") from error
     for name in ("config.json", "tokenizer.json"):
@@ -465,7 +467,8 @@ def work(arguments: list[str] | None = None) -> None:
         print(f"{name:8s}{getattr(args, name)} ({reason})")
     if args.dry_run:
         return print(*(f"  {name} = {value!r}" for name, value in settings(args).items()), sep="\n")
-    run(args, config, canvas)
+    with FastCPU():
+        run(args, config, canvas)
     print(f"output  {args.output_path} (.png and .json beside it)\nseconds {time.perf_counter() - start:.1f}")
 
 

@@ -37,7 +37,6 @@ from common.files import one_line
 from ltx.checkpoint import MOST_LAYERS, TYPES, open_file
 from ltx.offload import stream_blocks
 from ltx.tokenizer import read_object
-from model import Linear
 
 
 @dataclass(frozen=True)
@@ -169,10 +168,10 @@ class GemmaAttention(nn.Module):
         self.hd = hd
         self.groups = config.num_attention_heads // config.num_key_value_heads
         self.scale = config.query_pre_attn_scalar**-0.5
-        self.q_proj = Linear(width, config.num_attention_heads * hd, bias=False)
-        self.k_proj = Linear(width, config.num_key_value_heads * hd, bias=False)
-        self.v_proj = Linear(width, config.num_key_value_heads * hd, bias=False)
-        self.o_proj = Linear(config.num_attention_heads * hd, width, bias=False)
+        self.q_proj = nn.Linear(width, config.num_attention_heads * hd, bias=False)
+        self.k_proj = nn.Linear(width, config.num_key_value_heads * hd, bias=False)
+        self.v_proj = nn.Linear(width, config.num_key_value_heads * hd, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * hd, width, bias=False)
         self.q_norm = GemmaNorm(hd, config.rms_norm_eps)
         self.k_norm = GemmaNorm(hd, config.rms_norm_eps)
 
@@ -194,9 +193,9 @@ class GemmaMLP(nn.Module):
 
     def __init__(self, config: GemmaConfig):
         super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))  # (B, N, Dg)

@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from ltx.checkpoint import check_weights, load_weights, read_metadata, shapes_from
 from ltx.gemma import GemmaConfig, GemmaTextModel, load_gemma
 from ltx.tokenizer import BYTE_OF_PIECE, SPACE, SPECIAL_PIECES, Tokenizer
-from model import Attention, FeedForward, Linear
+from model import Attention, FeedForward
 from rope import rotary_tables
 
 DEFAULT_TEXT_LENGTH = 1024  # LTX-2.3: rows of the context, prompt and registers together
@@ -63,7 +63,7 @@ class FeatureExtractor(nn.Module):
         _check_connector(config)
         dim = config["connector_num_attention_heads"] * config["connector_attention_head_dim"]
         self.scale = (dim / gemma_hidden) ** 0.5
-        self.video_aggregate_embed = Linear(gemma_hidden * num_states, dim)
+        self.video_aggregate_embed = nn.Linear(gemma_hidden * num_states, dim)
 
     def normalised(self, states: Sequence[Tensor], mask: Tensor) -> Tensor:
         """LTX-2.3: every state of every token to mean square 1, then flattened feature slow, state fast; padding zero.

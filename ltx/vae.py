@@ -97,14 +97,7 @@ class CausalConv3d(nn.Module):
             return y[:, :, None]                                                          # (B, c_out, 1, H, W)
         first, last = x[:, :, :1], x[:, :, -1:]
         x = torch.cat([first, first, x] if causal else [first, x, last], dim=2)           # (B, c_in, F+2, H, W)
-        conv = self.conv
-        single = x.device.type == "cpu" and x.dtype == conv.weight.dtype == torch.float32 and x.shape[0] == 1
-        single = single and torch.backends.mkldnn.enabled and not torch.is_autocast_enabled("cpu")
-        if single and x.numel() > conv.weight.numel():
-            # For a single small float32 clip PyTorch itself would take a plain loop, several times slower than oneDNN's.
-            x = torch.mkldnn_convolution(x, conv.weight, conv.bias, conv.padding, conv.stride, conv.dilation, 1)
-            return x                                                                      # (B, c_out, F, H, W)
-        return conv(x)                                                                    # (B, c_out, F, H, W)
+        return self.conv(x)                                                                   # (B, c_out, F, H, W)
 
 
 class ResBlock(nn.Module):

@@ -572,7 +572,7 @@ def save(picture: Image.Image | list[Image.Image], path: Path) -> None:
         first, *others = picture
         pauses = [125] * len(others) + [800]  # milliseconds: the clips have 8 frames a second
         atomic_write(path, lambda p: first.save(p, save_all=True, append_images=others, loop=0,
-                                                duration=pauses, quality=75))
+                                                duration=pauses, quality=80))
         return
     few = picture.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     error = ImageStat.Stat(ImageChops.difference(picture, few.convert("RGB"))).mean

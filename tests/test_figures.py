@@ -1,6 +1,6 @@
 """The pictures of README and docs: each can be drawn, and says what the code does.
 
-The bundled weights are not run: a clip is its reference, ever darker. Hardware: CPU, seconds.
+The bundled weights are run once; elsewhere a clip is its reference, ever darker. Hardware: CPU.
 Run: python -m pytest tests/test_figures.py
 """
 
@@ -53,6 +53,13 @@ def test_the_animation_has_the_clips_frames_and_repeats_for_ever(asked, tmp_path
     assert (tmp_path / "it.webp").stat().st_size < 700_000
 
 
+def test_the_bundled_weights_make_nine_frames_that_follow_the_reference_scale():
+    caption, reference = world.all_captions()[0], torch.zeros(1, 3, 64, 64)
+    seen, unseen = (figures.made([caption], reference, ref_scale=scale) for scale in (1.0, 0.0))
+    assert seen.shape == unseen.shape == (1, 3, 9, 64, 64)
+    assert seen.isfinite().all() and (seen - unseen).abs().mean() > 0.01
+
+
 def test_the_two_words_under_a_person_are_the_prompts(asked):
     _, clips, words = figures.first_people(24)
     ((captions, _),) = asked
@@ -63,7 +70,7 @@ def test_the_two_words_under_a_person_are_the_prompts(asked):
         assert caption.replace("to the ", "").count(action) == 1, (told, caption)
 
 
-def test_the_grid_of_scales_asks_for_all_twenty_pairs_of_one_prompt(asked):
+def test_the_grid_of_scales_asks_for_all_pairs_of_one_prompt(asked):
     figures.scales()
     pairs = {(scales["text_scale"], scales["ref_scale"]) for _, scales in asked}
     assert pairs == {(text, ref) for text in (1, 1.5, 2, 3, 5) for ref in (0, 1, 2.5, 4)}
@@ -71,7 +78,7 @@ def test_the_grid_of_scales_asks_for_all_twenty_pairs_of_one_prompt(asked):
     assert asked[0][0][0] in world.all_captions()
 
 
-def test_a_wrong_face_costs_little_in_the_plain_loss_and_much_on_the_face():
+def test_a_wrong_face_costs_more_on_the_face_than_in_the_plain_loss():
     terms, estimates = figures.wrong_person([0.0, 0.5, 1.0])
     fm, face, identity = terms.T
     assert (face > 2 * fm).all()  # the title of the picture

@@ -337,7 +337,7 @@ def assigned(statement: ast.stmt, frame) -> object:
     return value(load(target))
 
 
-# ---------------------------------------------------------------- cases: how each function is called
+# ------------------------------------------------------------ cases: how each function is called
 
 CASES: dict[str, list[tuple[Callable[[], object], dict]]] = {}
 
@@ -537,6 +537,7 @@ def _():
 def _():
     net, levels = model.VideoTransformer(SMALL), torch.arange(B * S).remainder(U).view(B, S) / U
     for grad, mask in ((True, rand(B, 1, S)), (False, rand(B, S, S))):
+        net.gradient_checkpointing = grad
         with torch.set_grad_enabled(grad):
             net(rand(B, S, C), levels, rand(B), positions(), rand(B, N, D), rand(B, N), mask)
 

@@ -353,7 +353,7 @@ def test_a_signal_ends_the_caching_with_one_line_and_the_same_command_goes_on(co
     process.join(40)
     lines = told.read_text().splitlines()
     assert process.exitcode == 128 + number, lines
-    assert len(lines) == 2 and lines[0].startswith("8 of 8 rows") and lines[1].startswith("cache.py: stopped; ")
+    assert len(lines) == 2 and lines[0].startswith("8 of 8 rows") and lines[1].startswith("clips.cache: stopped; ")
     files = list(folder.glob("*.safetensors"))
     assert 0 < len(files) < 8 and all(cache._is_whole(path, path.stem) for path in files)
     assert not list(folder.glob("*.partial")) and list(folder.glob("hashes-0.json"))
@@ -501,5 +501,5 @@ def test_what_cannot_work_ends_with_2_and_one_line_before_anything_is_made(comma
     if 0 in changed:
         command[0] = changed.pop(0)
     status, out, err = call(monkeypatch, capsys, [*command, *(part for pair in changed.items() for part in pair)])
-    assert status == 2 and err.startswith("cache.py: error: ") and err.count("\n") == 1 and words in err, err
+    assert status == 2 and err.startswith("clips.cache: error: ") and err.count("\n") == 1 and words in err, err
     assert not list(tmp_path.glob("cache/*"))

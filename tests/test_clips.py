@@ -153,7 +153,7 @@ def test_the_command_ends_with_0_1_or_2(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["clips.manifest", *arguments, *options])
         assert clips.main() == status, arguments
         out, err = capsys.readouterr()
-        assert words in out and (status != 2 or (out == "" and err.startswith("clips.py: error: expected ")))
+        assert words in out and (status != 2 or (out == "" and err.startswith("clips.manifest: error: expected ")))
         assert err.count("\n") == (status == 2), err
     run = subprocess.run([sys.executable, clips.__file__], capture_output=True, text=True, timeout=60)
     assert run.returncode == 0 and run.stdout.startswith("usage: clips.py") and "check" in run.stdout

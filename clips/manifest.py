@@ -278,7 +278,8 @@ def _texts(data):
         if not isinstance(value, str):
             raise Unusable("bad row", f"{name} is {value!r:.40}, not a text")
         if len(value) > LONGEST:
-            raise Unusable("bad row", f"{name} has {len(value):,} characters, not {LONGEST:,}")
+            told = f"{name} has {len(value):,} characters, more than {LONGEST:,}"
+            raise Unusable("bad row", told)
         if any("\ud800" <= c <= "\udfff" for c in value):
             raise Unusable("bad row", f"{name} holds half a character (a surrogate)")
     return text

@@ -182,7 +182,7 @@ def open_picture(path: Path) -> Image.Image:
                 picture = ImageOps.exif_transpose(image)  # a copy, hence read to its end
     except Exception as error:  # decoders raise nearly every type there is on damaged files
         raise _undecodable(path, error) from None
-    # Without its EXIF notes: whoever reads them would turn the picture a second time.
+    # Turned already; what damaged notes say is not asked a second time (reference.letterbox would).
     picture.info = {key: told for key, told in picture.info.items() if key == "transparency"}
     return picture
 

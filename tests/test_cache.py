@@ -239,19 +239,6 @@ def test_a_full_disk_is_one_line_unless_all_is_there_and_whole_files_stay(
     assert len(files(folder)) == 2 and not leftovers(folder) and count_new(rows, vae, folder) == 1
 
 
-def test_an_interrupted_caching_goes_on_where_it_stopped(tmp_path, rows):
-    vae, folder = Mean(), tmp_path / "cache"
-
-    def dies(video):
-        if vae.calls == 2:
-            raise KeyboardInterrupt
-        return vae.encode(video)
-
-    with pytest.raises(KeyboardInterrupt):
-        cache_latents(rows, vae, dies, folder)
-    assert len(files(folder)) == 2 and not leftovers(folder) and count_new(rows, vae, folder) == 1
-
-
 def test_what_a_killed_process_left_is_removed_after_an_hour_and_nothing_else(tmp_path, rows):
     names = [".a.0123456789abcdef.tmp.safetensors", ".b.0123456789abcdef.tmp.safetensors", ".mine"]
     for name, age in zip(names, (4000, 3000, 9999), strict=True):

@@ -190,24 +190,20 @@ def test_frames_without_a_face_and_faces_cropped_away_are_not_valid(tmp_path):
     assert not valid_for(same, [])[2].any()
 
 
-FACES = {"frame_rate": 24, "size": [4, 4], "frames": []}
-BAD_FACES = [[], {"frame_rate": 24, "size": [4, 4]}, {**FACES, "frame_rate": 0},
-             {**FACES, "size": [4]}, *({**FACES, "frames": [frame]} for frame in (
-                 {"t": 0}, {"t": 0, "box": [0, 0, 1]}, {"t": float("nan"), "box": [0, 0, 1, 1]},
-                 {"t": 0, "box": [0, 2, 1, 1]},
-                 {"t": 0, "box": [0, 0, 1, 1], "landmarks": [[0, 0]]}))]
-BAD_REFERENCES = [1, {"size": [30, 20]}, {"size": [0, 20], "box": [1, 2, 3, 4]},
-                  *({"size": [30, 20], "box": box} for box in (
-                      [1, 2, 3], [3, 2, 1, 4], [1, 2, float("nan"), 4], [20, 2, 25, 4])),
-                  *({"size": [30, 20], "box": [1, 2, 3, 4], "landmarks": marks} for marks in (
-                      [[1, 2]], [[1, 2]] * 4 + [[1, float("nan")]]))]
-
-
 def test_a_bad_faces_file_is_refused_in_one_line(tmp_path):
-    path = tmp_path / "faces.json"
-    path.write_text(json.dumps(FACES))
+    path, nan, box = tmp_path / "faces.json", float("nan"), [0, 0, 1, 1]
+    good = {"frame_rate": 24, "size": [4, 4], "frames": []}
+    path.write_text(json.dumps(good))
     assert len(load_faces(path).times) == 0
-    for data in [*BAD_FACES, *({**FACES, "reference": face} for face in BAD_REFERENCES)]:
+    frames = ({"t": 0}, {"t": 0, "box": [0, 0, 1]}, {"t": nan, "box": box},
+              {"t": 0, "box": [0, 2, 1, 1]}, {"t": 0, "box": box, "landmarks": [[0, 0]]})
+    faces = (1, {"size": [30, 20]}, {"size": [0, 20], "box": box},
+             *({"size": [30, 20], "box": bad} for bad in ([1, 2, 3], [1, 2, nan, 4], [3, 2, 1, 4],
+                                                          [20, 2, 25, 4])),
+             {"size": [30, 20], "box": box, "landmarks": [[1, 2]] * 4 + [[1, nan]]})
+    for data in ([], {**good, "frame_rate": 0}, {**good, "size": [4]},
+                 *({**good, "frames": [frame]} for frame in frames),
+                 *({**good, "reference": face} for face in faces)):
         path.write_text(json.dumps(data))
         with pytest.raises(ValueError, match="^expected [^\n]*faces.json; see load_faces$"):
             load_faces(path)
@@ -264,9 +260,9 @@ def test_the_example_detector_tells_the_faces_where_they_were_drawn(tmp_path, mo
 # ------------------------------------------------------------ references
 
 
-def draws(rows, i, count: int = 30):
+def draws(rows, i):
     g = torch.Generator().manual_seed(0)
-    return [draw_reference(rows, i, g) for _ in range(count)]
+    return [draw_reference(rows, i, g) for _ in range(30)]
 
 
 def numbers(drawn) -> set[int]:
@@ -292,13 +288,13 @@ def test_the_given_reference_comes_first_then_another_clip_then_another_moment(t
 
 
 def test_the_targets_own_frames_are_drawn_only_when_there_is_nothing_else(tmp_path):
-    for rate in ("12", "30000/1001", "60"):
+    for rate in ("15", "60"):
         write(tmp_path / "a.mp4", count=36, rate=rate)
         path = manifest(tmp_path, {"video": "a.mp4", "caption": "x"})
         for start in (0.0, 0.11):
             row = replace(check(path, SMALL).used[0], start=start)
             own = clipfiles.indices(load_clip(row.video, row.bucket, 24.0, start))
-            drawn = numbers(draws([row], 0, 40))
+            drawn = numbers(draws([row], 0))
             assert len(drawn) > 5 and not drawn & set(range(min(own), max(own) + 1))
     write(tmp_path / "a.mp4", count=9)
     assert draw_reference(check(path, SMALL).used, 0, torch.Generator()).source == "own frame"

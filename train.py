@@ -55,6 +55,7 @@ from clips.dataset import (
 )
 from clips.face import FaceNet, faces_of, load_facenet, usable_landmarks
 from common.cli import Parser, check_folder, check_ranges, command
+from common.seeds import seeded
 from losses import IDENTITY_MAX_SIGMA, clean_estimate, face_weighted_loss, flow_matching_loss, identity_loss, total_loss
 from ltx.checkpoint import check_weights, read_metadata, save_changed, shapes_from
 from ltx.lora import add_lora, save_lora
@@ -65,7 +66,7 @@ from model import TRANSFORMER_PREFIX, TransformerConfig, VideoTransformer, train
 from reference import append_reference, drop_reference, encode_reference, unpatchify
 from rope import PLACEMENTS, grid_to_positions, reference_grid, source_phase, video_grid
 from training.optim import EMA, KEEP_FROM_MUON, MuonAdamW, schedule, split_parameters
-from training.run import Run, check_finite, seeded
+from training.run import Run, check_finite
 from training.validate import draw_curves, sample_clips, validate
 from training.workers import (
     all_reduce,

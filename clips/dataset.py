@@ -38,13 +38,13 @@ from tqdm import tqdm
 from clips.cache import CachedLatents, cache_contexts, cache_latents, check_once, lazy_encoder, text_dtype, text_key
 from clips.frames import DEFAULT_BUCKETS, clip_times, cover, parse_buckets
 from clips.manifest import box_mask, draw_reference, faces_for_clip, load_faces
+from common.seeds import seeded
 from losses import pool_face_mask
 from ltx.offload import OFFLOADS
 from ltx.text import TextEncoder
 from ltx.vae import VideoVAE
 from reference import letterbox, patchify
 from toy import world
-from training.run import seeded
 from training.workers import wait
 
 DATA = Path("data")

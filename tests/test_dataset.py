@@ -33,9 +33,9 @@ from clips.dataset import (
 )
 from clips.frames import parse_buckets
 from clips.manifest import box_mask, check, draw_reference
+from common.seeds import seeded
 from losses import IDENTITY_MAX_SIGMA, pool_face_mask
 from reference import letterbox, patchify
-from training.run import seeded
 
 # ------------------------------------------------------------ which clips
 

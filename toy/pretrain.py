@@ -59,6 +59,7 @@ from clips.face import FaceNet, square
 from clips.video import save_sheet
 from common.cli import Parser, check_folder, check_ranges, command
 from common.files import atomic_write
+from common.seeds import seeded
 from denoise import denoise
 from losses import crop_faces, flow_matching_loss
 from ltx.checkpoint import load_weights, read_metadata, save_checkpoint
@@ -72,7 +73,7 @@ from rope import grid_to_positions, video_grid
 from study.scores import POSE_SPREAD, HeadPoseEstimator, read_action, read_heads
 from toy import world
 from training.optim import EMA, KEEP_FROM_MUON, MuonAdamW, schedule, split_parameters
-from training.run import Run, check_finite, seeded
+from training.run import Run, check_finite
 from training.workers import average_gradients
 
 RUNS, WEIGHTS = Path("runs"), Path("weights/tiny")

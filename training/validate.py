@@ -25,12 +25,13 @@ from torch import Tensor
 
 from clips.dataset import RealClips, WorldClips
 from clips.video import picks, save_sheet
+from common.seeds import seeded
 from denoise import INFERENCE, denoise
 from ltx.vae import VideoVAE
 from model import VideoTransformer, ltx_sigmas
 from reference import encode_reference
 from training import plot
-from training.run import Run, check_finite, seeded
+from training.run import Run, check_finite
 
 LOOKS = 4   # times that every clip is looked at, each with other noise
 SHOWN = 4   # clips on the sheet

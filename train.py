@@ -42,17 +42,7 @@ from torch.utils.checkpoint import checkpoint
 
 from augment import AugmentStrength, augment_reference
 from clips.cache import load_vae
-from clips.dataset import (
-    Batch,
-    Order,
-    PerClip,
-    RealClips,
-    WorldClips,
-    add_data_arguments,
-    check_batch,
-    open_data,
-    shard_indices,
-)
+from clips.dataset import Batch, ClipSource, Order, PerClip, add_data_arguments, check_batch, shard_indices
 from clips.face import FaceNet, faces_of, load_facenet, usable_landmarks
 from common.cli import Parser, check_folder, check_ranges, command
 from common.seeds import seeded
@@ -65,6 +55,7 @@ from ltx.vae import VideoVAE
 from model import TRANSFORMER_PREFIX, TransformerConfig, VideoTransformer, training_sigmas
 from reference import append_reference, drop_reference, encode_reference, unpatchify
 from rope import PLACEMENTS, grid_to_positions, reference_grid, source_phase, video_grid
+from toy.clips import open_data
 from training.optim import EMA, KEEP_FROM_MUON, MuonAdamW, schedule, split_parameters
 from training.run import Run, check_finite
 from training.validate import draw_curves, sample_clips, validate
@@ -308,7 +299,7 @@ def save_result(args: argparse.Namespace, run: Run, model: VideoTransformer) -> 
     return args.out / "model.safetensors"
 
 
-def begin(args: argparse.Namespace, model: VideoTransformer, data: WorldClips | RealClips, world_size: int) -> Run:
+def begin(args: argparse.Namespace, model: VideoTransformer, data: ClipSource, world_size: int) -> Run:
     """The run in --out, from its newest state when there is one. What decides the result must be as it was."""
     named = {k: p for k, p in model.named_parameters() if p.requires_grad}
     free = ("steps", "minutes", "compile", "out", "save_seconds", "keep", "batch", "accumulate", "parallel", "cache",

@@ -17,11 +17,11 @@ import torch
 from torch import nn
 
 import train
-from clips.dataset import fresh_world
 from common.files import atomic_write
 from common.seeds import seeded
 from ltx.checkpoint import open_file, read_metadata
 from toy import pretrain
+from toy.clips import fresh_world
 from training import validate
 from training.optim import EMA, MuonAdamW, orthogonalize, schedule, split_parameters
 from training.run import Run, load_state

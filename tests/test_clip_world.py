@@ -10,7 +10,6 @@ Hardware: CPU, some seconds. Run: python -m pytest tests/test_clip_world.py
 
 import json
 from collections import defaultdict
-from fractions import Fraction
 
 import av
 import numpy as np
@@ -113,21 +112,6 @@ def test_files_really_have_the_planned_codecs_rates_sizes_sound_and_turns(report
     assert seen["out of order"] >= {"h264", "hevc", "mpeg4"}
 
 
-def test_the_full_folder_has_sixty_mp4_files_and_three_clips_of_each_person():
-    plan, groups = plan_clips(24, 72, 0), defaultdict(list)
-    broken = sum(name.endswith(".mp4") for name, *_ in BROKEN)
-    assert sum(clip.suffix == "mp4" for clip in plan) + broken >= 60
-    for clip in plan:
-        groups[clip.identity].append(clip)
-        assert world.ACTIONS[clip.action] in clip.caption
-        assert world.SCENE_NAMES[clip.setting[0]] in clip.caption
-    assert [len(group) for group in groups.values()] == [3] * 24
-    for group in groups.values():
-        assert len({clip.action for clip in group}) == 3
-        assert len({int(clip.setting[0]) for clip in group}) == 3
-        assert all(torch.equal(clip.person, group[0].person) for clip in group)
-
-
 # ------------------------------------------------------------ pictures
 
 
@@ -176,12 +160,6 @@ def test_decoded_clips_are_the_rendered_frames_within_codec_noise_and_a_slip_wou
             assert right > max(late, early) + SLIP, (number, right, late, early)
             assert not good(a[:-1], b[1:]) and not good(a[1:], b[:-1]), "the floors let it pass"
     assert moving > CLIPS // 2
-
-
-def test_the_stored_frame_nearest_to_a_moment_is_the_earlier_of_two():
-    clip = next(clip for clip in by_row().values() if clip.rate == 12 and clip.seconds)
-    found = [stored_time(clip, Fraction(k, 8)) * 12 for k in range(9)]
-    assert found == [0, 1, 3, 4, 6, 7, 9, 10, 12]
 
 
 # ------------------------------------------------------------ faces and references
@@ -235,12 +213,8 @@ def test_the_same_seed_gives_the_same_folder_and_another_one_other_people(tmp_pa
     assert a.keys() == c.keys() and not any(torch.equal(a[k], c[k]) for k in a)
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["--people", "3", "--clips", "2"], "at least one clip for each person"),
-    (["--clips", "2", "--people", "1"], "expected a new folder")])
-def test_the_command_refuses_in_one_line_and_leaves_the_folder_alone(tmp_path, capsys, arguments,
-                                                                     words):
+def test_a_folder_with_a_manifest_is_refused_and_left_alone(tmp_path, capsys):
     (tmp_path / "manifest.jsonl").write_text("mine")
-    status, said = clip_world.main([str(tmp_path), *arguments]), capsys.readouterr()
-    assert status == 2 and words in said.err and said.err.count("\n") == 1, said.err
-    assert said.out == "" and [path.name for path in tmp_path.iterdir()] == ["manifest.jsonl"]
+    status, said = clip_world.main([str(tmp_path)]), capsys.readouterr().err
+    assert status == 2 and "expected a new folder" in said and said.count("\n") == 1, said
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.jsonl"]

@@ -130,15 +130,6 @@ def test_depths_give_the_published_numbers_of_weights():
         assert abs(sum(p.numel() for p in net.parameters()) / 1e6 - expected) < 0.01
 
 
-@pytest.mark.parametrize("name", ["layer2.1.bn3.running_var", "layer4.0.downsample.1.running_mean",
-                                  "layer3.0.prelu.weight", "fc.bias"])
-def test_every_kind_of_tensor_reaches_the_output(tmp_path, name):
-    """Guards the comparison above: with one tensor changed in the file, the two writings differ."""
-    tensors, path = small_file(tmp_path, lambda t: t | {name: t[name] * 1.5 + 0.1})
-    x = pictures(2, 32)
-    assert (load_facenet(path)(x) - plain(tensors, x, SMALL["blocks"])).abs().max() > 1e-3
-
-
 @pytest.mark.parametrize(("prefix", "counters", "dtype"), [
     ("module.", True, torch.float16), ("module.backbone.", False, torch.float32)])
 def test_prefixes_absent_counters_and_other_types_are_read(tmp_path, prefix, counters, dtype):
@@ -262,18 +253,10 @@ def test_the_transform_is_the_least_squares_one_for_any_landmarks(landmarks):
         assert row[:, :2].det() >= 0, "a reflection"
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.floats(-180, 180), st.floats(0.3, 30), st.floats(-2000, 2000), st.floats(-2000, 2000))
-def test_a_known_turn_scale_and_shift_is_found_again(degrees, scale, dx, dy):
-    landmarks = turned(template(), degrees, scale, (dx, dy))[None]
-    found = apply(similarity_transform(landmarks, template()), landmarks)
-    assert (found - template()).abs().max() < 0.01  # float32 with shifts of 2000 pixels
-    assert usable_landmarks(landmarks).all()
-
-
 def test_landmarks_are_usable_when_they_are_apart_finite_and_in_the_form_of_a_face():
     good, one, middle = template(), torch.full((5, 2), 1000.1), template().mean(0)
-    rows = {"good": good, "a profile": (good - middle) * torch.tensor([0.2, 1.0]) + middle,
+    profile = (good - middle) * torch.tensor([0.2, 1.0]) + middle
+    rows = {"turned": turned(good, 100.0, 3.0, (900.0, -20.0)), "a profile": profile,
             "one point": one, "within a pixel": one + 0.01 * good, "nan": good * torch.nan,
             "infinite": good * torch.inf, "left and right swapped": good[[1, 0, 2, 4, 3]],
             "mirrored": good * torch.tensor([-1.0, 1.0]), "mouth first": good[[3, 4, 2, 0, 1]]}
@@ -288,33 +271,8 @@ def test_landmarks_are_usable_when_they_are_apart_finite_and_in_the_form_of_a_fa
 # ------------------------------------------------------------ aligned pictures
 
 
-def bumps(points, height, width, radius):
-    """Frames (B, 5, height, width), channel k a round bump at point k of (B, 5, 2)."""
-    y, x = torch.arange(height)[:, None] + 0.5, torch.arange(width) + 0.5
-    px, py = points[:, :, :1, None], points[:, :, 1:, None]
-    return torch.exp(-((x - px) ** 2 + (y - py) ** 2) / (2 * radius**2))
-
-
-def middles(frames):
-    """Centres of mass of every channel, (B, K, 2), pixels from the outer corner."""
-    h, w = frames.shape[2:]
-    y, x = torch.arange(h)[:, None] + 0.5, torch.arange(w) + 0.5
-    mass = frames.sum((2, 3))
-    return torch.stack([(frames * x).sum((2, 3)) / mass, (frames * y).sum((2, 3)) / mass], dim=2)
-
-
-@pytest.mark.parametrize("size", [112, 32])
-@pytest.mark.parametrize(("degrees", "scale", "shift"), [(25.0, 1.5, (90.0, 20.0)),
-                                                         (-70.0, 0.9, (40.0, 140.0))])
-def test_drawn_landmarks_land_on_the_template(size, degrees, scale, shift):
-    landmarks = turned(template(), degrees, scale, shift)[None]
-    frames = bumps(landmarks, 240, 320, radius=2.0 * scale)
-    error = (middles(align(frames, landmarks, size)) - template(size)).abs().max()
-    assert error < 0.02  # measured up to 0.0098
-
-
 def test_an_upright_face_is_cut_out_as_by_its_box():
-    frames = pictures(3, 90)
+    frames = torch.rand(3, 3, 90, 120) * 2 - 1
     corner = torch.tensor([[10.0, 4.0], [20.5, 30.25], [-8.0, 40.0]])
     side = torch.tensor([60.0, 33.0, 70.0])
     landmarks = corner[:, None] + template(1) * side[:, None, None]
@@ -342,14 +300,6 @@ def test_alignment_equals_the_published_recipe():
     theirs, ours = upper * (1 - down) + lower * down, align(frame, landmarks[None] + 0.5)
     assert inside.float().mean() > 0.7
     assert ((ours - theirs) * inside).abs().max() < 1e-4
-
-
-def test_gradients_reach_the_pixels_under_the_face_and_only_those():
-    frames = pictures(2, 100).requires_grad_()
-    landmarks = turned(template(), 20.0, 0.3, (30.0, 30.0)).expand(2, 5, 2)
-    (align(frames, landmarks, 40) * pictures(2, 40)).sum().backward()
-    assert frames.grad.isfinite().all()
-    assert frames.grad[:, :, 50, 45].abs().min() > 0 and frames.grad[:, :, 90:].abs().max() == 0
 
 
 def test_low_precision_frames_and_autocast_do_not_move_the_face():

@@ -14,12 +14,12 @@ from PIL import Image
 
 import sample
 from clips.face import load_facenet
+from common.seeds import seeded
 from ltx.checkpoint import open_file, read_metadata
 from ltx.vae import VideoVAE
 from model import TransformerConfig, VideoTransformer
 from toy import world
 from toy.pretrain import face_views
-from training.run import seeded
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = ROOT / "weights" / "tiny"

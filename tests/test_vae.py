@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from clips.dataset import clip_rows
 from ltx import vae as vae_file
 from ltx.checkpoint import load_weights, read_metadata
 from ltx.plan import LiveBytes
@@ -34,6 +33,7 @@ from ltx.vae import (
     unpatch_pixels,
 )
 from toy import world
+from toy.clips import clip_rows
 
 KINDS = {"compress_space": "spatial", "compress_time": "temporal", "compress_all": "spatiotemporal"}
 

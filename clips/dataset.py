@@ -45,7 +45,7 @@ from clips.cache import (
     text_key,
 )
 from clips.frames import DEFAULT_BUCKETS, clip_times, cover, parse_buckets
-from clips.manifest import box_mask, draw_reference, faces_for_clip, load_faces
+from clips.manifest import box_mask, draw_reference, faces_for_clip, load_faces, read_manifest
 from common.seeds import seeded
 from losses import pool_face_mask
 from ltx.offload import OFFLOADS
@@ -270,8 +270,8 @@ def open_manifest(manifest: Path, args: Namespace, vae: VideoVAE, device: str, r
     """
     share_out = {"folder": args.cache, "rank": rank, "world": world_size, "wait": wait}
     shapes = parse_buckets(args.buckets, vae.time_scale, vae.space_scale)
-    report = check_once(manifest, shapes, args.frame_rate, args.allow_outside, args.root,
-                        **share_out)
+    rows = read_manifest(manifest, args.allow_outside, args.root)
+    report = check_once(rows, shapes, args.frame_rate, **share_out)
     if rank == 0:
         print("\n".join(report.lines()))
     if not report.used:

@@ -40,6 +40,7 @@ import torch.nn.functional as nnf
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from common.cli import warn
 from common.files import one_line
 from reference import letterbox
 
@@ -51,6 +52,7 @@ ROUNDING = 0.05     # of a frame; n frames whose timestamps were rounded are sti
 MOST_PIXELS = 178_956_970  # of a frame; Pillow's limit. A header of 100 bytes can announce any size
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 # What a picture may hold, whatever its name says; for other kinds Pillow may start a program.
+SMALL = 16  # our reading: pixels; no face can be told from another below
 PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 
 
@@ -185,6 +187,26 @@ def open_picture(path: Path) -> Image.Image:
     # Turned already; what damaged notes say is not asked a second time (reference.letterbox would).
     picture.info = {key: told for key, told in picture.info.items() if key == "transparency"}
     return picture
+
+
+def load_canvas(path: Path, height: int, width: int) -> Tensor:
+    """A reference of the user's on a canvas of the video's size, (3, h, w) in [-1, 1].
+
+    Raises ValueError, one line that says what to do.
+    """
+    if not path.is_file():
+        got = "a folder" if path.is_dir() else "no such file"
+        raise ValueError(f"expected a picture at {path}, got {got}; check --ref")
+    try:
+        image = open_picture(path)
+        canvas = letterbox(image, height, width)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"expected a readable picture at {path}, got "
+                         f"{getattr(error, 'detail', error)}; save it as PNG or JPEG, not huge"
+                         ) from error
+    if min(image.size) < SMALL:
+        warn(f"the reference has {image.width}x{image.height} pixels, too few to show a face")
+    return canvas
 
 
 def decode(path: Path) -> Iterator[Frame]:

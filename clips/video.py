@@ -171,6 +171,29 @@ def single_frames(runs: Iterable[Tensor], seconds: dict[str, float]) -> Iterator
         del run  # before the next one is made
 
 
+def check_output(path: Path, ref: Path) -> None:
+    """Raise ValueError unless write_outputs can write its three files there: before the work."""
+    if path.suffix != ".mp4":
+        raise ValueError(f"expected an output path ending in .mp4, got {path}; rename "
+                         "--output-path")
+    if any("\ud800" <= char <= "\udfff" for char in str(path)):
+        raise ValueError("expected an --output-path of ordinary characters, got bytes that are no "
+                         "text; choose another")
+    if not path.parent.is_dir():
+        raise ValueError(f"expected an existing output folder, got {path.parent}; create it")
+    for target in (path, path.with_suffix(".png"), path.with_suffix(".json")):
+        if target.is_dir() or target.resolve() == ref.resolve():
+            raise ValueError(f"expected {target} to be free for the output, got a folder or the "
+                             "reference itself; change --output-path")
+    trial = temp_path(path)
+    try:  # permission bits alone miss read-only disks, full ones, and names that are too long
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise ValueError(f"expected a writable folder, got {path.parent} ({error.strerror}); "
+                         "change --output-path") from error
+
+
 def write_outputs(path: Path, runs: Iterable[Tensor], num_frames: int, canvas: Tensor,
                   frame_rate: float, record: dict) -> None:
     """path (.mp4), the picture sheet (.png) and the record (.json), from runs (3, f, h, w).

@@ -12,9 +12,9 @@ from torch import nn
 from ltx.checkpoint import save_checkpoint
 from ltx.gemma import GemmaConfig, GemmaTextModel, save_gemma
 from ltx.text import CONNECTOR_PREFIX, EXTRACTOR_PREFIX, Connector, FeatureExtractor
-from ltx.tokenizer import train_bpe
 from ltx.vae import VideoVAE
 from model import TransformerConfig, VideoTransformer
+from toy.vocabulary import train_bpe
 
 BLOCKS = [["res_x", {"num_layers": 1}], ["compress_all_res", {"multiplier": 2}], ["res_x", {"num_layers": 1}],
           ["compress_time_res", {"multiplier": 1}], ["res_x", {"num_layers": 1}]]  # fmt: skip

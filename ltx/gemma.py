@@ -40,7 +40,7 @@ from ltx.tokenizer import read_object
 SLIDING, FULL = "sliding_attention", "full_attention"  # config.json's names for kinds of layers
 # What config.json may leave out, and must not say otherwise: this file does it in one way only.
 FIXED = {"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False,
-         "attn_logit_softcapping": None, "use_bidirectional_attention": False}  # fmt: skip
+         "attn_logit_softcapping": None, "use_bidirectional_attention": False}
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class GemmaConfig:
         values = {name: config[name] for name in SIZES if config.get(name) is not None}
         rotary = {"global_theta": full.get("rope_theta") or config.get("rope_theta"),
                   "local_theta": local.get("rope_theta") or config.get("rope_local_base_freq"),
-                  "global_factor": full.get("factor")}  # fmt: skip
+                  "global_factor": full.get("factor")}
         values |= {name: value for name, value in rotary.items() if value}
         _check_numbers(values)
         layers = values.get("num_hidden_layers", cls.num_hidden_layers)

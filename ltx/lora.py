@@ -39,7 +39,7 @@ from ltx.checkpoint import open_file, write_file
 # LTX-2.3: the modules of the published in-context LoRA recipe.
 LORA_TARGETS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0",
                 "attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0",
-                "ff.net.0.proj", "ff.net.2")  # fmt: skip
+                "ff.net.0.proj", "ff.net.2")
 LORA_PREFIX = "diffusion_model."
 
 # ---------------------------------------------------------------- training one, and writing it
@@ -151,10 +151,10 @@ ENDINGS = {
     ".lora_down.weight": "A", ".lora.down.weight": "A",    # ComfyUI and kohya, old Diffusers
     ".lora_up.weight": "B", ".lora.up.weight": "B",
     ".alpha": "alpha",
-}  # fmt: skip
+}
 # LTX -> Diffusers. In this order, because the second is part of the first.
 RENAMED = {"prompt_adaln_single": "prompt_adaln", "adaln_single": "time_embed",
-           "patchify_proj": "proj_in"}  # fmt: skip
+           "patchify_proj": "proj_in"}
 
 
 class LoRAFile(NamedTuple):

@@ -73,9 +73,9 @@ class FeatureExtractor(nn.Module):
 
     def forward(self, states: Sequence[Tensor], mask: Tensor) -> Tensor:
         """states: num_states x (B, N, Dg), mask (B, N) -> features (B, N, D)."""
-        flat = self.normalised(states, mask) * self.scale                # (B, N, Dg * states)
+        flat = self.normalised(states, mask) * self.scale        # (B, N, Dg * states)
         flat = flat.to(self.video_aggregate_embed.weight.dtype)
-        return self.video_aggregate_embed(flat)                          # (B, N, D)
+        return self.video_aggregate_embed(flat)                  # (B, N, D)
 
 
 class ConnectorBlock(nn.Module):
@@ -88,7 +88,7 @@ class ConnectorBlock(nn.Module):
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         x = x + self.attn1(F.rms_norm(x, (x.shape[-1],), eps=1e-6), rotary=rotary)  # (B, N, D)
-        return x + self.ff(F.rms_norm(x, (x.shape[-1],), eps=1e-6))  # (B, N, D)
+        return x + self.ff(F.rms_norm(x, (x.shape[-1],), eps=1e-6))                 # (B, N, D)
 
 
 class Connector(nn.Module):
@@ -121,10 +121,10 @@ class Connector(nn.Module):
         if N % count:
             raise ValueError(f"expected a text length divisible by {count} registers, got {N}; "
                              "pad more")
-        real = (mask > 0).long()                                          # (B, N)
-        order = real.argsort(dim=1, descending=True, stable=True)         # words keep their order
-        moved = features.gather(1, order[..., None].expand(B, N, D))      # (B, N, D)
-        is_prompt = torch.arange(N, device=mask.device) < real.sum(1, keepdim=True)  # (B, N)
+        real = (mask > 0).long()                                      # (B, N)
+        order = real.argsort(dim=1, descending=True, stable=True)     # words keep their order
+        moved = features.gather(1, order[..., None].expand(B, N, D))  # (B, N, D)
+        is_prompt = torch.arange(N, device=mask.device) < real.sum(1, keepdim=True)
         # By place, not from the prompt's end: its length decides which registers are left out.
         return torch.where(is_prompt[..., None], moved, registers.repeat(N // count, 1))
 
@@ -142,7 +142,7 @@ class Connector(nn.Module):
 def _check_connector(config: dict) -> None:
     wanted = {"connector_apply_gated_attention": True, "connector_norm_output": True,
               "caption_proj_before_connector": True, "rope_type": "split",
-              "text_encoder_norm_type": "per_token_rms"}  # fmt: skip
+              "text_encoder_norm_type": "per_token_rms"}
     for key, value in wanted.items():
         if config.get(key, value) != value:
             raise ValueError(f"expected {key} = {value} as in LTX-2.3, got {config[key]}; "
@@ -169,7 +169,7 @@ def check_text(checkpoint: str | os.PathLike, gemma_root: str | os.PathLike
     check_weights(connector, checkpoint, CONNECTOR_PREFIX)
     length = config.get("text_max_length", DEFAULT_TEXT_LENGTH)
     registers = len(connector.learnable_registers)
-    if not registers or not length or length % registers:
+    if length % registers:
         raise ValueError(f"expected text_max_length, a multiple of the {registers} registers, in "
                          f"the config of {checkpoint}, got {length}; use a checkpoint whose config "
                          "fits its tensors")
@@ -190,10 +190,10 @@ def encode_once(prompts: Sequence[str], checkpoint: str | os.PathLike,
                 gemma_root: str | os.PathLike, device: str | torch.device = "cpu",
                 dtype: torch.dtype | None = None, offload: str = "none"
                 ) -> tuple[Tensor, list[int]]:
-    """TextEncoder.load(...).encode(prompts), each part freed before the next one is loaded.
+    """TextEncoder.load(...).encode(prompts), each part freed before the next: 25 GB, and not 32.
 
-    For LTX-2.3 that is 25 GB at a time instead of 32. Returns context (B, N, D) and how many tokens
-    each prompt has, of which at most N are read. Raises ValueError where a file does not fit.
+    Returns context (B, N, D) and how many tokens each prompt has, of which at most N are read.
+    Raises ValueError where a file does not fit.
     """
     extractor, connector, sizes, length = check_text(checkpoint, gemma_root)
     tokenizer = load_tokenizer(gemma_root, sizes)

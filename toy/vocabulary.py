@@ -1,8 +1,8 @@
 """A small vocabulary of Gemma's kind: byte-pair training, the counting half of ltx/tokenizer.py.
 
-The idea. Start from single characters, make the most frequent pair of neighbours one piece, and go on
-until the vocabulary is full. The order of the joins is all that encoding needs. Joins never cross
-words: a piece that did would make the pieces of a word depend on the word before it.
+The idea. Start from single characters, make the most frequent pair of neighbours one piece, and go
+on until the vocabulary is full. The order of the joins is all that encoding needs. Joins never
+cross words: a piece that did would make the pieces of a word depend on the word before it.
 
 our reading: the bundled tiny model has a vocabulary of its own, because Gemma's embedding table
 alone is a billion numbers. The file is of Gemma's form, so Tokenizer reads both.
@@ -82,4 +82,4 @@ def _tokenizer_json(vocab: dict[str, int], merges: list[list[str]]) -> dict:
         "model": {"type": "BPE", "dropout": None, "unk_token": "<unk>",
                   "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": True,
                   "byte_fallback": True, "ignore_merges": False, "vocab": vocab, "merges": merges},
-    }  # fmt: skip
+    }

@@ -119,7 +119,7 @@ def test_the_worlds_captions_give_the_bundled_vocabulary_and_the_library_reads_i
 def test_a_vocabulary_keeps_to_its_size_and_takes_no_pair_that_occurs_once():
     vocab = train_bpe(CAPTIONS, 320)["model"]["vocab"]
     assert sorted(vocab.values()) == list(range(320)) and list(vocab)[:4] == SPECIAL_PIECES
-    assert len(train_bpe(CAPTIONS, 5000)["model"]["vocab"]) < 500
+    assert train_bpe(["a nod"], 300)["model"]["merges"] == []
     with pytest.raises(ValueError, match="vocab_size"):
         train_bpe(CAPTIONS, 260)
 

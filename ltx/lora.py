@@ -14,11 +14,11 @@ LTX-2.3: the names in the file; layers, rank and alpha are those of its in-conte
 our reading: that ST-DRC (arXiv 2606.02441) is trained this way. The paper does not say how.
 
 Conventions. A (rank, in), B (out, rank); a file's scale is alpha / rank, or 1 without an alpha.
-Strength 0 is off. "Fused" means added into W for good, "applied" kept beside it. LoRAs add up.
+Strength 0 is off. A LoRA that is used is added into W ("fused"); several add up, in any order.
 
     add_lora(model, rank=32, alpha=32)                         # train the parameters it returns
     save_lora("st-drc.safetensors", model, {"reference_placement": "tass"})
-    metadata = load_lora(other_model, "st-drc.safetensors")    # fused; with fuse=False: applied
+    metadata = load_lora(other_model, "st-drc.safetensors", strength=1.0)
 
 Read next: ltx/offload.py
 """
@@ -48,8 +48,7 @@ LORA_PREFIX = "diffusion_model."
 class LoRALinear(nn.Module):
     """A frozen linear plus a correction: base(x) + scale * B(A(x)). x (..., in) -> (..., out).
 
-    base: anything with the weight, in_features and out_features of a linear, another LoRALinear
-    too: so several stack. A (rank, in) and B (out, rank) are float32 whatever the base has.
+    A (rank, in) and B (out, rank) are float32 whatever the base has.
     """
 
     def __init__(self, base: nn.Module, A: Tensor, B: Tensor, scale: float):
@@ -58,10 +57,6 @@ class LoRALinear(nn.Module):
         self.in_features, self.out_features = base.in_features, base.out_features
         self.lora_A = nn.Parameter(A.to(base.weight.device, torch.float32))
         self.lora_B = nn.Parameter(B.to(base.weight.device, torch.float32))
-
-    @property
-    def weight(self) -> Tensor:
-        return self.base.weight
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.base(x)                                    # (..., out)
@@ -108,21 +103,15 @@ def lora_state_dict(model: nn.Module, gather: Callable[[Tensor], Tensor] = lambd
                     ) -> dict[str, Tensor]:
     """The LoRA under the names LTX-2.3 tools expect; raises ValueError when the model has none.
 
-    LTX-2.3: loaders add B @ A and know no alpha, so the scale is folded into B. LoRAs stacked on
-    one linear come out as one of their summed rank: B1 A1 + B2 A2 = [B1 B2] [A1; A2].
+    LTX-2.3: loaders add B @ A and know no alpha, so the scale is folded into B.
     gather: puts a tensor together that is spread over several processes (workers.full_tensor).
     """
     state = {}
-    for name, module in _linears(model).items():
-        layers = []
-        while isinstance(module, LoRALinear):
-            layers.append(module)
-            module = module.base
-        if layers:
-            A = torch.cat([gather(layer.lora_A.detach()) for layer in layers])  # (rank, in)
-            B = [gather(layer.lora_B.detach()) * layer.scale for layer in layers]
-            state[f"{LORA_PREFIX}{name}.lora_A.weight"] = A
-            state[f"{LORA_PREFIX}{name}.lora_B.weight"] = torch.cat(B, dim=1)   # (out, rank)
+    for name, layer in _linears(model).items():
+        if isinstance(layer, LoRALinear):
+            A, B = gather(layer.lora_A.detach()), gather(layer.lora_B.detach())
+            state[f"{LORA_PREFIX}{name}.lora_A.weight"] = A                # (rank, in)
+            state[f"{LORA_PREFIX}{name}.lora_B.weight"] = B * layer.scale  # (out, rank)
     if not state:
         raise ValueError("expected a model with LoRA, got one without; call add_lora first")
     return state
@@ -271,6 +260,24 @@ def _pair(name: str, parts: dict, linear: nn.Module, alpha: float | None
 # ---------------------------------------------------------------- using one
 
 
+def parse_loras(given: Sequence[Sequence[str]]) -> list[tuple[str, float]]:
+    """What --lora PATH [STRENGTH] was given, every time: path and strength. Raises ValueError."""
+    loras = []
+    for words in given:
+        path, strength = [*words, "1"][:2]
+        try:
+            number = float(strength)
+        except ValueError:
+            number = math.nan
+        if len(words) > 2 or not math.isfinite(number):
+            raise ValueError(f"expected --lora PATH [STRENGTH], got {' '.join(words)}; "
+                             "use for example 1.0")
+        if not os.path.isfile(path):
+            raise ValueError(f"expected a LoRA file, got no file at {path}; check --lora")
+        loras.append((path, number))
+    return loras
+
+
 def _fused(weight: Tensor, pairs: Sequence[tuple[Tensor, Tensor, float]]) -> Tensor:
     """weight (out, in) + the sum of scale * B @ A, in float32 on the weight's device."""
     total = weight.to(torch.float32, copy=True)
@@ -298,28 +305,20 @@ def lora_changes(model: nn.Module, loras: Sequence[tuple[str | os.PathLike, floa
 
 
 @torch.no_grad()
-def load_lora(model: nn.Module, path: str | os.PathLike, strength: float = 1.0, fuse: bool = True
-              ) -> dict[str, str]:
-    """Add strength * scale * B @ A of a LoRA file to a loaded model; returns the file's metadata.
+def load_lora(model: nn.Module, path: str | os.PathLike, strength: float = 1.0) -> dict[str, str]:
+    """Add strength * scale * B @ A of a LoRA file into a loaded model; returns its metadata.
 
-    fuse True: into the weights, for good. False: beside them, frozen, which costs memory and time
-    but leaves the weights as they are. Call it again for the next LoRA. Off: strength 0. Raises
-    ValueError like read_lora, before the first weight changes.
+    Call it again for the next LoRA. Raises ValueError like read_lora, before a weight changes.
     """
     lora, linears = read_lora(path, model), _linears(model)
     for name, (A, B, scale) in lora.pairs.items() if strength != 0 else ():
-        if fuse:
-            linears[name].weight.copy_(_fused(linears[name].weight, [(A, B, strength * scale)]))
-        else:
-            layer = LoRALinear(linears[name], A, B, strength * scale)
-            layer.lora_A.requires_grad_(False)
-            layer.lora_B.requires_grad_(False)
-            model.set_submodule(name, layer)
+        weight = linears[name].weight
+        weight.copy_(_fused(weight, [(A, B, strength * scale)]))
     return lora.metadata
 
 
 def _demo() -> None:
-    """How small a LoRA of the real model is, and that fused and applied are the same."""
+    """How small a LoRA of the real model is, and that it is the same when fused."""
     import tempfile
 
     from model import TransformerConfig, VideoTransformer
@@ -329,19 +328,18 @@ def _demo() -> None:
     print(f"LTX-2.3's video transformer: {sum(p.numel() for p in model.parameters()):,} weights; "
           f"its LoRA of rank 32: {sum(p.numel() for p in add_lora(model)):,}")
     torch.manual_seed(0)
-    fused, applied, trained = (nn.ModuleDict({"to_q": nn.Linear(16, 16)}) for _ in range(3))
-    applied.load_state_dict(fused.state_dict())
+    base, trained = (nn.ModuleDict({"to_q": nn.Linear(16, 16)}) for _ in range(2))
+    trained.load_state_dict(base.state_dict())
     nn.init.normal_(add_lora(trained, rank=2, alpha=2, targets=["to_q"])[1])
     x = torch.randn(4, 16)
-    before = fused["to_q"](x)
+    before, wanted = base["to_q"](x), trained["to_q"](x)
     with tempfile.TemporaryDirectory() as folder:
         save_lora(f"{folder}/lora.safetensors", trained)
-        load_lora(fused, f"{folder}/lora.safetensors")
-        load_lora(applied, f"{folder}/lora.safetensors", fuse=False)
-    moved, apart = (fused["to_q"](x) - other for other in (before, applied["to_q"](x)))
-    print(f"one linear: the LoRA moves its output by {moved.abs().max():.1f}, "
-          f"fused and applied differ by {apart.abs().max():.1e}")
-    print("Notice: 1 % of the weights are trained, and fused or applied makes no difference.")
+        load_lora(base, f"{folder}/lora.safetensors")
+    apart = (base["to_q"](x) - wanted).abs().max()
+    print(f"one linear: the LoRA moves its output by {(wanted - before).abs().max():.1f}, "
+          f"saved and fused into another copy it differs by {apart:.1e}")
+    print("Notice: 1 % of the weights are trained, and using them costs nothing once fused.")
 
 
 if __name__ == "__main__":

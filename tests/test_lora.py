@@ -1,5 +1,5 @@
-"""LoRA files: every public spelling of one LoRA gives the same output, fused equals applied,
-Diffusers' own loader and saver agree with ours, and files that do not fit are refused by name.
+"""LoRA files: every public spelling of one LoRA gives the same output, a LoRA read back equals the one
+that was trained, Diffusers agrees with ours, and files that do not fit are refused by name.
 
 Hardware: CPU, seconds. Command: python -m pytest tests/test_lora.py
 """
@@ -14,7 +14,6 @@ from torch import nn
 
 import model as m
 from ltx import checkpoint, lora
-from ltx.offload import cast_linears
 
 # The recipe's targets, and the linears whose names differ between LTX-2.3 and Diffusers.
 EVERYWHERE = (*lora.LORA_TARGETS, "to_gate_logits", "patchify_proj", "adaln_single.linear",
@@ -32,10 +31,10 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return difference(found, expected) / expected.abs().max().item()
 
 
-def loaded(*files, fuse: bool = True, dtype: torch.dtype = torch.float32) -> m.VideoTransformer:
+def loaded(*files, dtype: torch.dtype = torch.float32) -> m.VideoTransformer:
     model = build().to(dtype)
     for path, strength in files:
-        lora.load_lora(model, path, strength, fuse=fuse)
+        lora.load_lora(model, path, strength)
     return model
 
 
@@ -173,25 +172,23 @@ def test_keys_of_the_audio_half_are_left_out_and_counted(two):
         lora.read_lora(path, build())
 
 
-# ---------------------------------------------------------------- several, fused, applied, loading
+# ---------------------------------------------------------------- several, and while loading
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
-def test_fused_equals_applied_equals_fused_while_loading(two, dtype, bound):
+def test_fused_afterwards_equals_fused_while_loading(two, dtype, bound):
     """Relative to the largest output: float32 rounding; bf16 keeps 8 bits through two blocks."""
     files, batch = list(zip(two, (0.5, -1.5), strict=True)), inputs()
     with torch.no_grad():
         exact = loaded(*files)(**batch)
         assert relative(build()(**batch), exact) > 0.1, "or the comparison would mean nothing"
-        for how, model in {"fused": loaded(*files, dtype=dtype),
-                           "applied": loaded(*files, fuse=False, dtype=dtype),
-                           "loading": while_loading(*files, dtype=dtype)}.items():
-            result = model(**batch)
+        for how in (loaded, while_loading):
+            result = how(*files, dtype=dtype)(**batch)
             assert result.dtype == dtype
             assert relative(result, exact) < bound, how
 
 
-def test_two_loras_add_up_and_their_order_does_not_matter(tmp_path, two):
+def test_two_loras_add_up_and_their_order_does_not_matter(two):
     (a, b), name = two, "transformer_blocks.1.ff.net.2"
     base = build().get_submodule(name).weight
 
@@ -202,32 +199,25 @@ def test_two_loras_add_up_and_their_order_does_not_matter(tmp_path, two):
     assert both.abs().max() > 0.1
     assert difference(both, moved((a, 0.7)) + moved((b, 2.0))) < 1e-5
     assert difference(both, moved((b, 2.0), (a, 0.7), by=while_loading)) < 1e-5
-    # Stacked LoRAs are saved as one whose rank is the sum.
-    stacked = loaded((a, 0.7), (b, 2.0), fuse=False)
-    assert not any(p.requires_grad for key, p in stacked.named_parameters() if "lora_" in key)
-    lora.save_lora(tmp_path / "sum.safetensors", stacked)
-    A = load_file(tmp_path / "sum.safetensors")[f"diffusion_model.{name}.lora_A.weight"]
-    assert A.shape[0] == 5
-    assert difference(both, moved((tmp_path / "sum.safetensors", 1.0))) < 1e-5
 
 
 def test_strength_zero_and_an_empty_list_change_nothing(two):
     a, b = two
     assert lora.lora_changes(build(), []) is None
     assert lora.lora_changes(build(), [(a, 0.0), (b, 0.0)]) is None
-    modules = loaded((a, 0.0), fuse=False).modules()
-    assert not any(isinstance(module, lora.LoRALinear) for module in modules)
     change, weight = lora.lora_changes(build(), [(a, 0.0), (b, 1.0)]), torch.zeros(24, 24)
     assert change("proj_out.weight", weight) is weight
     assert change("transformer_blocks.0.attn1.to_q.weight", weight).abs().max() > 0.1
     assert weight.abs().max() == 0, "the tensor read from the file stays as it is"
 
 
-def test_a_lora_lies_beside_a_linear_of_another_class_as_well(two):
-    eights = cast_linears(build())  # weights in float8
-    lora.load_lora(eights, two[0], fuse=False)
-    expected, batch = cast_linears(loaded((two[0], 1.0), fuse=False)), inputs()
-    assert torch.equal(eights(**batch), expected(**batch))
+def test_what_the_command_line_says_of_loras_is_a_path_and_a_strength(two):
+    a, b = map(str, two)
+    assert lora.parse_loras([[a], [b, "-0.5"]]) == [(a, 1.0), (b, -0.5)]
+    for words, message in (([a, "x"], "PATH .STRENGTH."), ([a, "nan"], "PATH .STRENGTH."),
+                           ([a, "1", "2"], "PATH .STRENGTH."), (["gone"], "no file at gone")):
+        with pytest.raises(ValueError, match=message):
+            lora.parse_loras([words])
 
 
 # ---------------------------------------------------------------- Diffusers' own loader and saver
@@ -325,9 +315,8 @@ def test_a_lora_that_does_not_fit_is_refused_by_name_and_changes_nothing(tmp_pat
     state, model, path = lora.lora_state_dict(trained_lora()), build(), tmp_path / "x.safetensors"
     for message, change in BROKEN.items():
         save_file(change(state), path)
-        for fuse in (True, False):
-            with pytest.raises(ValueError, match=message):
-                lora.load_lora(model, path, fuse=fuse)
+        with pytest.raises(ValueError, match=message):
+            lora.load_lora(model, path)
         with pytest.raises(ValueError, match=message):
             lora.lora_changes(model, [(path, 0.0)])
     after, before = model.state_dict(), build().state_dict()

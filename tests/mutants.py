@@ -108,7 +108,7 @@ MUTANTS: list[Mutant] = [
     Mutant("ltx/lora.py", "_fused(weight, [(A, B, strength * scale)])",
            "_fused(weight, [(A, B, strength)])", "tests/test_lora.py"),
     Mutant("ltx/lora.py", "append((A, B, strength * scale))",
-           "append((A, B, scale))", "tests/test_lora.py"),
+           "append((A, B, strength))", "tests/test_lora.py"),
     Mutant("ltx/lora.py", " or not math.isfinite(number):", ":", "tests/test_lora.py"),
     Mutant("ltx/lora.py", "1.0 if alpha is None else alpha / rank",
            "1.0 if alpha is None else alpha", "tests/test_lora.py"),

@@ -1,5 +1,5 @@
-"""LoRA files: every public spelling of one LoRA gives the same output, what is read back equals what
-was trained, Diffusers agrees with us, and files that do not fit are refused by name.
+"""LoRA files: every public spelling of one LoRA gives the same output, what is read back equals
+what was trained, Diffusers agrees with us, and files that do not fit are refused by name.
 
 Hardware: CPU, seconds. Command: python -m pytest tests/test_lora.py
 """
@@ -144,7 +144,8 @@ def test_every_spelling_of_one_lora_gives_the_same_output(tmp_path):
     expected = loaded((path, 1.0))(**batch)
     assert relative(build()(**batch), expected) > 0.1, "or the comparison would mean nothing"
     for spelling in SPELLINGS:
-        for alpha, how, bound in ((None, loaded, 0), (1.5, loaded, 1e-5), (1.5, while_loading, 1e-5)):
+        for alpha, how, bound in ((None, loaded, 0), (1.5, loaded, 1e-5),
+                                  (1.5, while_loading, 1e-5)):
             save_file(respell(state, spelling, alpha), path)
             found = relative(how((path, 1.0))(**batch), expected)
             assert found <= bound, (spelling, alpha, found)  # 1e-5: float32 rounding

@@ -119,6 +119,23 @@ MUTANTS: list[Mutant] = [
     Mutant("ltx/lora.py", "                if part in parts:",
            "                if False:", "tests/test_lora.py"),
     Mutant("ltx/lora.py", '("audio", "a2v_ca", "v2a_ca")', '("audio",)', "tests/test_lora.py"),
+    # study/figures: what the pictures say
+    Mutant("study/figures.py", '" + s_R (v_R - v_0)"', '" + s_R (v_0 - v_R)"',
+           "tests/test_figures.py::test_the_formula_under_an_order_is_its_sum"),
+    Mutant("study/figures.py", '((1, "v_0", "v_R"), (0, "v_R", "v_RT"))',
+           '((1, "v_0", "v_T"), (0, "v_T", "v_RT"))',
+           "tests/test_figures.py::test_the_streams_beside_the_arrows_are_those_that_are_run"),
+    Mutant("study/figures.py", "world.ACTIONS[action]", "world.ACTIONS[action - 1]",
+           "tests/test_figures.py::test_the_two_words_under_a_person_are_the_prompts"),
+    Mutant("study/figures.py", "text_scale=text, ref_scale=ref", "text_scale=ref, ref_scale=text",
+           "tests/test_figures.py::test_the_grid_of_scales_asks_for_all_pairs_of_one_prompt"),
+    Mutant("study/figures.py", "v_hat = loss.add_noise(x0, noise, s), noise - other",
+           "v_hat = loss.add_noise(x0, noise, s), noise - x0",
+           "tests/test_figures.py::test_a_wrong_face_costs_more_on_the_face_than_in_the_plain_loss"),
+    Mutant("study/figures.py", 'models().config["inference"] | scales',
+           'models().config["inference"]', "tests/test_figures.py"),
+    Mutant("study/figures.py", "append_images=others, loop=0", "append_images=others, loop=1",
+           "tests/test_figures.py::test_the_animation_has_the_clips_frames_and_repeats_for_ever"),
 ]
 
 

@@ -374,6 +374,14 @@ def to_uint8(video: Tensor) -> Tensor:
     return ((video.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
+def box_mask(boxes: Tensor, size: int) -> Tensor:
+    """Boxes (B, F, 4) -> 1 inside, 0 outside, (B, 1, F, size, size)."""
+    line = torch.arange(size, device=boxes.device) + 0.5
+    x0, y0, x1, y1 = (b[:, :, None] for b in boxes.unbind(dim=2))                   # (B, F, 1) each
+    across, down = (line > x0) & (line < x1), (line > y0) & (line < y1)             # (B, F, size)
+    return (down[:, :, :, None] & across[:, :, None]).float()[:, None]
+
+
 def demo() -> None:
     """The grammar in numbers, and a caption of each action with the path of its face."""
     g, count = torch.Generator().manual_seed(7), len(ACTIONS)

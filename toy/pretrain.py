@@ -388,7 +388,7 @@ def check_latents(vae: VideoVAE) -> None:
     """Raise ValueError when data/train was encoded by another VAE: nothing else would show it."""
     video, kept = (np.load(DATA / "train" / f"{name}.npy", mmap_mode="r")[:8]
                    for name in ("video", "latents"))
-    far = (encode(vae, video).float() - torch.from_numpy(kept).float()).square().mean().sqrt()
+    far = (encode(vae, video).float() - torch.tensor(kept).float()).square().mean().sqrt()
     if not far < 0.1:  # latents have a deviation of 1
         raise ValueError(f"expected latents of the bundled VAE in {DATA / 'train'}, got some that "
                          f"are {far:.2f} away; run `python -m toy.pretrain encode --keep-text`")

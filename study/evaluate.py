@@ -36,6 +36,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from denoise import INFERENCE, denoise, guidance_steps
 from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
@@ -48,7 +49,6 @@ from clips.video import picks, save_sheet
 from common.cli import Parser, check_folder, check_ranges, command
 from common.files import read_json, write_json
 from common.seeds import seeded
-from denoise import INFERENCE, denoise, guidance_steps
 from guidance import ORDERS
 from ltx.checkpoint import load_weights, read_metadata, shapes_from
 from ltx.text import TextEncoder

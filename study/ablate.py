@@ -41,6 +41,7 @@ from guidance import stream_weights
 from study import scores
 from study.evaluate import Models, chance_levels, generate, score_row, test_set
 from study.results import FACTORS, compute, grid, keep_settings, number, report
+from toy.head import load_head
 from training import plot
 
 HERE = Path(__file__).resolve().parents[1]  # the repository
@@ -232,7 +233,7 @@ def score_run(task: Task, args: argparse.Namespace) -> dict[str, dict]:
                              ref_scale=ref_scale, order=order, rescale=0.0, guide_range=(0.0, 1.0),
                              guide_every=1, dtype="float32", seed=0)
     video = generate(m, data["captions"], data["references"][data["who"]], how, task.variant)
-    nets = load_facenet(args.eval_encoder), scores.load_head(args.head)
+    nets = load_facenet(args.eval_encoder), load_head(args.head)
     real = scores.embed_clips(nets[0], data["true"]).flatten(0, 1)      # (5 n, E)
     row = score_row(video, data, nets, real)
     clips, means = row["per_clip"], {name: mean for name, (mean, _) in row["scores"].items()}

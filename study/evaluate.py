@@ -58,6 +58,7 @@ from reference import encode_reference
 from study import scores
 from study.results import COLUMNS, LEAKS, cell, number
 from toy import world
+from toy.head import HeadPoseEstimator, load_head
 from training.run import load_state, save_state, seeded
 
 HERE = Path(__file__).resolve().parents[1]  # the repository
@@ -198,7 +199,7 @@ def kept(path: Path, make: Callable[[], Tensor]) -> tuple[Tensor, float]:
 # ------------------------------------------------------------ scoring them
 
 
-Networks = tuple[FaceNet, scores.HeadPoseEstimator]  # the two that score
+Networks = tuple[FaceNet, HeadPoseEstimator]  # the two that score
 
 
 def score_row(video: Tensor, data: dict, nets: Networks, real: Tensor) -> dict:
@@ -304,7 +305,7 @@ def score_world(args: argparse.Namespace) -> None:
     for folder in (args.folder, output.parent):
         check_folder(folder)
     m = Models(args.checkpoint_path, args.gemma_root)
-    nets, d = (load_facenet(args.eval_encoder), scores.load_head(args.head)), m.config["inference"]
+    nets, d = (load_facenet(args.eval_encoder), load_head(args.head)), m.config["inference"]
     for name in ("text_scale", "ref_scale", "rescale", "guide_range", "guide_every"):
         if getattr(args, name) is None:
             setattr(args, name, (INFERENCE | d)[name])

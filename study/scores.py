@@ -6,7 +6,8 @@ each can be computed for true clips as well, and each fails in its own way. our 
 them. ST-DRC (arXiv 2606.02441) names no score, only what it wants: the person, and no copying.
 
 E = evaluation encoder, a recogniser that supervised no training, on whole frames; H = head-pose
-estimator; P = pixels, no network. five = frames 0 2 4 6 8 of nine; cosines are with the reference.
+estimator (toy/head.py); P = pixels alone. five = frames 0 2 4 6 8 of nine; cosines are with the
+reference.
 
   similarity  E H  five  mean cosine; a frame in which H finds no face counts 0
   top1        E H  five  1 if the clip's own reference is the nearest of all references
@@ -14,7 +15,7 @@ estimator; P = pixels, no network. five = frames 0 2 4 6 8 of nine; cosines are 
   found       H    all   share of frames in which a face is found
   drift       E H  five  cosine of frames 0 2 less that of frames 6 8: positive if the face is lost
   min_frame   E H  five  the smallest of the five cosines
-  action      H    all   1 if the head moves as the prompt says: a rule on its poses, `read_action`
+  action      H    all   1 if the head moves as the prompt says (a rule on its poses)
   scene, light, shirt                 P  all  1 if the clip shows what the prompt says
   leak_scene, leak_light, leak_shirt  P  all  1 if it shows the reference's; NaN if both agree
   flicker     P H  all   change from frame to frame at the border, where nothing moves, 0..1
@@ -32,23 +33,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clips.face import FaceNet
-from ltx.checkpoint import open_file
 from toy import world
+from toy.head import MOVE, HeadPoseEstimator, read_action, read_heads
 
 SCORES = ("similarity", "top1", "look_alike", "found", "drift", "min_frame", "action", "scene",
           "light", "shirt", "leak_scene", "leak_light", "leak_shirt", "flicker")
-SIZE = 64  # the tiny world's frames
-POSE_MIDDLE = (0.0, 0.0, 1.0, 0.0, 0.0, 0.0)  # x, y, scale, yaw, pitch, mouth
-POSE_SPREAD = (0.15, 0.03, 0.08, 0.25, 0.30, 0.35)  # about one deviation over the world's frames
-# What each action of world.action_poses changes from first to last frame (nods and laughs: there
-# and back).
-TURN, MOVE, CLOSER, NOD, LAUGH = 0.55, 0.50, 0.32, 1.80, 1.00
 HAIR_REACH = 0.80  # hair ends nearer to the head's middle than this, in units of the pose's scale
 # Student's t, two-sided 95 %, for 1..29 degrees of freedom
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
@@ -57,89 +51,7 @@ STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228
 NORMAL = 1.960
 
 
-# ------------------------------------------------------------ where the head is
-
-
-class HeadPoseEstimator(nn.Module):
-    """Presence and pose of the head in a frame: (B, 3, 64, 64) in [-1, 1] -> (B, 7).
-
-    Column 0 is the logit of "there is a face", columns 1-6 are the pose. Seven convolutions, four
-    of them halving, then two linear layers that see where in the frame everything was. Made by
-    `python -m toy.pretrain head`. Raises ValueError for frames of another size.
-    """
-
-    STRIDES = (2, 2, 1, 2, 1, 2, 1)
-
-    def __init__(self, widths: Sequence[int] = (16, 32, 32, 48, 48, 64, 64), hidden: int = 64):
-        super().__init__()
-        self.convs = nn.ModuleList(
-            nn.Conv2d(c, width, 3, stride, padding=1, bias=False)
-            for c, width, stride in zip((3, *widths[:-1]), widths, self.STRIDES, strict=True))
-        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in widths)
-        self.fc = nn.Linear(widths[-1] * (SIZE // 16) ** 2, hidden)
-        self.out = nn.Linear(hidden, 7)
-
-    def forward(self, frames: Tensor) -> Tensor:
-        if frames.shape[1:] != (3, SIZE, SIZE):
-            raise ValueError(f"expected frames (B, 3, {SIZE}, {SIZE}), got {tuple(frames.shape)}; "
-                             "this estimator knows the tiny world only")
-        x = frames
-        for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = torch.relu(norm(conv(x)))                               # (B, widths[i], h, w)
-        y = self.out(torch.relu(self.fc(x.flatten(1)))).float()         # (B, 7)
-        pose = y.new_tensor(POSE_MIDDLE) + y[:, 1:] * y.new_tensor(POSE_SPREAD)
-        return torch.cat([y[:, :1], pose], dim=1)
-
-
-def load_head(path: str | Path) -> HeadPoseEstimator:
-    """A HeadPoseEstimator from safetensors, frozen; its widths follow from the tensors."""
-    with open_file(path) as file:
-        stored = {name: file.get_slice(name).get_shape() for name in file.keys()}
-        names = [f"convs.{i}.weight" for i in range(len(HeadPoseEstimator.STRIDES))] + ["fc.weight"]
-        *widths, hidden = ((stored.get(name) or [1])[0] for name in names)
-        with torch.device("meta"):
-            net = HeadPoseEstimator(widths, hidden)
-        wanted = {k: list(t.shape) for k, t in net.state_dict().items() if t.is_floating_point()}
-        for name in wanted.keys() | stored.keys():
-            if stored.get(name) != wanted.get(name):
-                raise ValueError(f"expected a head-pose estimator in {path}, with {name} of shape "
-                                 f"{wanted.get(name)}, got {stored.get(name)}; "
-                                 "`python -m toy.pretrain head` makes one")
-        tensors = {name: file.get_tensor(name).float() for name in wanted}
-    counts = {name: torch.tensor(0) for name in net.state_dict() if name not in wanted}
-    net.load_state_dict(tensors | counts, assign=True)
-    return net.eval().requires_grad_(False)
-
-
-@torch.no_grad()
-def read_heads(head: HeadPoseEstimator, video: Tensor) -> tuple[Tensor, Tensor]:
-    """The head in every frame: (n, 3, F, 64, 64) -> found (n, F) bool, poses (n, F, 6)."""
-    n, _, frames, _, _ = video.shape
-    pictures = video.transpose(1, 2).flatten(0, 1)                      # (n * F, 3, 64, 64)
-    out = torch.cat([head(part.clamp(-1, 1)) for part in pictures.split(256)])
-    out = out.unflatten(0, (n, frames))                                 # (n, F, 7)
-    return out[..., 0] > 0, out[..., 1:]
-
-
-def read_action(poses: Tensor) -> Tensor:
-    """What the head does: poses (n, F, 6) -> (n,) index into world.ACTIONS.
-
-    Each action has one quantity, divided by what world.action_poses does: turns change yaw, steps
-    x, coming closer the scale (mean of the last quarter of the frames less that of the first), a
-    nod takes the pitch there and back (range less net change), a laugh opens and shuts the mouth
-    (range). The largest wins; below half of its full size nothing happened: "stays still". A rule
-    cannot learn the prompt's prejudices as a classifier could.
-    """
-    k = max(1, poses.shape[1] // 4)
-    change = poses[:, -k:].mean(1) - poses[:, :k].mean(1)               # (n, 6)
-    x, _, scale, yaw, _, _ = change.unbind(1)                           # each (n,)
-    pitch, mouth = poses[..., 4], poses[..., 5]                         # each (n, F)
-    back = (pitch.amax(1) - pitch.amin(1)) - (pitch[:, -1] - pitch[:, 0]).abs()
-    evidence = {"turns left": -yaw / TURN, "turns right": yaw / TURN, "nods": back / NOD,
-                "laughs": (mouth.amax(1) - mouth.amin(1)) / LAUGH,
-                "moves to the left": -x / MOVE, "moves to the right": x / MOVE,
-                "comes closer": scale / CLOSER, "stays still": torch.full_like(x, 0.5)}
-    return torch.stack([evidence[name] for name in world.ACTIONS], dim=1).argmax(1)
+# ------------------------------------------------------------ head, setting, flicker
 
 
 def fill_lost(found: Tensor, poses: Tensor) -> Tensor:
@@ -148,9 +60,6 @@ def fill_lost(found: Tensor, poses: Tensor) -> Tensor:
     lost = torch.where(found, 0.0, torch.inf)[:, None]                  # (n, 1, F)
     nearest = ((moment[:, None] - moment).abs() + lost).argmin(2)       # (n, F)
     return poses.gather(1, nearest[..., None].expand_as(poses))
-
-
-# ------------------------------------------------------------ setting, flicker
 
 
 def lit_backgrounds(size: int) -> Tensor:

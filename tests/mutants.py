@@ -36,8 +36,8 @@ class Mutant(NamedTuple):
 
 MUTANTS: list[Mutant] = [
     # study
-    Mutant("study/scores.py", "{\"turns left\": -yaw", "{\"turns left\": yaw", "tests/test_scores.py"),
-    Mutant("study/scores.py", "y[:, 1:] * y.new_tensor(POSE_SPREAD)", "y[:, 1:]",
+    Mutant("toy/head.py", "{\"turns left\": -yaw", "{\"turns left\": yaw", "tests/test_scores.py"),
+    Mutant("toy/head.py", "y[:, 1:] * y.new_tensor(POSE_SPREAD)", "y[:, 1:]",
            "tests/test_scores.py"),
     Mutant("study/scores.py", "torch.where(found, 0.0, torch.inf)",
            "torch.where(found, torch.inf, 0.0)", "tests/test_scores.py"),

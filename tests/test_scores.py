@@ -1,4 +1,4 @@
-"""The head is read right, each score moves as it should when a clip is spoiled, intervals are right.
+"""The head is read right, scores move as they should when a clip is spoiled, intervals are right.
 
 Tolerances: shares on true clips are what the bundled estimator reaches on unseen people, with a
 margin. Hardware: CPU, seconds. Run: python -m pytest tests/test_scores.py
@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from clips.face import load_facenet
 from study import scores
 from toy import world
+from toy.head import load_head, read_action, read_heads
 from training.run import seeded
 
 TINY = Path(__file__).resolve().parent.parent / "weights" / "tiny"
@@ -23,8 +24,8 @@ N = 32
 
 @functools.cache
 def nets():
-    return load_facenet(TINY / "eval_encoder.safetensors"), \
-        scores.load_head(TINY / "head_pose.safetensors")
+    encoder, head = (TINY / f"{name}.safetensors" for name in ("eval_encoder", "head_pose"))
+    return load_facenet(encoder), load_head(head)
 
 
 @functools.cache
@@ -66,15 +67,15 @@ def empty(frames, setting):
 @pytest.mark.parametrize("frames", [9, 25])
 def test_the_rule_reads_every_action_off_exact_poses(frames):
     action = torch.arange(len(world.ACTIONS)).repeat(50)
-    assert torch.equal(scores.read_action(world.action_poses(action, frames, seeded(1))), action)
+    assert torch.equal(read_action(world.action_poses(action, frames, seeded(1))), action)
 
 
 def test_the_estimator_and_the_rule_agree_with_true_clips_of_unseen_people():
     video, data = true_clips()
-    found, poses = scores.read_heads(nets()[1], video)
+    found, poses = read_heads(nets()[1], video)
     assert found.shape == (N, 9) and poses.shape == (N, 9, 6) and found.all()
-    assert (scores.read_action(poses) == data["action"]).float().mean() > 0.95
-    error = (scores.read_heads(nets()[1], data["references"][:, :, None])[1][:, 0]
+    assert (read_action(poses) == data["action"]).float().mean() > 0.95
+    error = (read_heads(nets()[1], data["references"][:, :, None])[1][:, 0]
              - data["ref_pose"]).abs().mean(0)
     assert (error < torch.tensor([0.03, 0.03, 0.04, 0.08, 0.12, 0.08])).all(), error
 
@@ -82,7 +83,7 @@ def test_the_estimator_and_the_rule_agree_with_true_clips_of_unseen_people():
 def test_no_face_is_found_in_empty_scenes_and_noise():
     noise = torch.randn(36, 3, 2, 64, 64, generator=seeded(5)).clamp(-1, 1)
     for video in (empty(2, world.draw_settings(36, seeded(4))), noise):
-        assert not scores.read_heads(nets()[1], video)[0].any()
+        assert not read_heads(nets()[1], video)[0].any()
 
 
 def test_lost_frames_take_the_pose_of_the_nearest_frame_with_a_face():
@@ -97,7 +98,7 @@ def test_wrong_files_frames_and_test_data_are_one_line(tmp_path):
     for path, told in ((tmp_path / "short.safetensors", "with out.bias of shape"),
                        (TINY / "eval_encoder.safetensors", "expected a head-pose estimator")):
         with pytest.raises(ValueError, match=told) as error:
-            scores.load_head(path)
+            load_head(path)
         assert "\n" not in str(error.value) and "; " in str(error.value)
     with pytest.raises(ValueError, match="expected frames"):
         nets()[1](torch.zeros(1, 3, 32, 32))
@@ -127,7 +128,7 @@ def test_swapped_people_lose_their_identity_and_nothing_else():
 
 def test_flicker_is_the_size_of_a_change_and_leaves_out_what_hair_may_reach():
     wave = torch.tensor([0.0, 0.05]).repeat(5)[:9].view(1, 1, 9, 1, 1)  # 0.05 of [-1, 1] is 0.025
-    found, poses = scores.read_heads(nets()[1], true_clips()[0])
+    found, poses = read_heads(nets()[1], true_clips()[0])
     flicker = scores.flicker(true_clips()[0] * 0.9 + wave, found, poses)
     assert abs(scores.summarise(flicker)[0] - 0.025) < 1e-4
     video, poses = torch.zeros(1, 3, 2, 64, 64), torch.zeros(1, 2, 6)

@@ -209,11 +209,10 @@ def begin(running: dict, task: Task, lines: list[list[str]], folder: Path) -> No
 
 def outcome(task: Task, status: int, folder: Path) -> str:
     """"finished", or what went wrong: the last line of the log says it."""
-    if status:
-        log = task.result(folder).with_suffix(".log").read_text(errors="replace")
-        return f"failed with status {status}: {(log.splitlines() or [''])[-1].strip()}"
-    there = task.result(folder).exists()
-    return "finished" if there else "failed: it ended without a result"
+    if task.result(folder).exists():
+        return "finished"
+    log = task.result(folder).with_suffix(".log").read_text(errors="replace")
+    return f"failed with status {status}: {(log.splitlines() or [''])[-1].strip()}"
 
 
 # ------------------------------------------------------------ scoring

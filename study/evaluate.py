@@ -304,8 +304,9 @@ def score_world(args: argparse.Namespace) -> None:
     check_numbers(args)
     for folder in (args.folder, output.parent):
         check_folder(folder)
+    nets = load_facenet(args.eval_encoder), load_head(args.head)
     m = Models(args.checkpoint_path, args.gemma_root)
-    nets, d = (load_facenet(args.eval_encoder), load_head(args.head)), m.config["inference"]
+    d = m.config["inference"]
     for name in ("text_scale", "ref_scale", "rescale", "guide_range", "guide_every"):
         if getattr(args, name) is None:
             setattr(args, name, (INFERENCE | d)[name])

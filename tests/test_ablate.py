@@ -62,7 +62,6 @@ def test_train_py_reads_the_flags_and_each_variant_changes_what_it_says(tmp_path
         first, second = ablate.commands(task, args)
         monkeypatch.setattr(sys, "argv", first[1:])
         found = train.parse_arguments()
-        train.check_numbers(found)
         assert found.out == task.weights(tmp_path).parent and (found.seed, found.steps) == (4, 30)
         read[task.variant] = vars(found)
     again = ablate.parse_arguments(second[3:])

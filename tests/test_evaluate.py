@@ -126,9 +126,9 @@ def test_tables_have_a_row_for_each_kind_of_clips_and_a_column_for_each_score():
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory):
-    """Four people, four steps: the arguments and the folder."""
+    """Four people, three steps: the arguments and the folder."""
     folder = tmp_path_factory.mktemp("evaluated")
-    words = ["--people", "4", "--num-inference-steps", "4", "--folder", str(folder / "rows"),
+    words = ["--people", "4", "--num-inference-steps", "3", "--folder", str(folder / "rows"),
              "--output-path", str(folder / "e.json")]
     evaluate.score_world(evaluate.parse_arguments(words))
     return words, folder
@@ -177,7 +177,7 @@ def test_bad_evaluations_and_records_are_one_line(tmp_path, capsys):
 # ------------------------------------------------------------ own videos
 
 
-def write_person(folder: Path, name: str, person, found=range(FRAMES), marks=False) -> Path:
+def write_person(folder: Path, name: str, person, marks=False) -> Path:
     """A clip of one person with its faces file, and name-face.png with its own."""
     g = seeded(5, name)
     setting, action = world.draw_settings(1, g), torch.tensor([0])
@@ -185,7 +185,7 @@ def write_person(folder: Path, name: str, person, found=range(FRAMES), marks=Fal
                                    SIZE)
     with VideoWriter(folder / f"{name}.mp4", 8.0) as writer:
         writer.add(to_frames(video[0]))
-    write_faces(folder / f"{name}.json", boxes[0], found, marks)
+    write_faces(folder / f"{name}.json", boxes[0], range(FRAMES), marks)
     picture, box = world.draw_references(person[None], setting, g, SIZE)
     Image.fromarray(to_frames(picture[0][:, None])[0]).save(folder / f"{name}-face.png")
     write_faces(folder / f"{name}-face.json", box, range(1), marks)
@@ -203,9 +203,9 @@ def write_faces(path: Path, boxes, found, marks: bool) -> None:
 
 @pytest.fixture
 def own(tmp_path):
-    """Pictures of two people; their videos lie in the same folder."""
-    return [write_person(tmp_path, name, person)
-            for name, person in zip(("ada", "ben"), world.people("test", 2), strict=True)]
+    """Pictures of two people, the second with landmarks; their videos lie in the same folder."""
+    ada, ben = world.people("test", 2)
+    return write_person(tmp_path, "ada", ada), write_person(tmp_path, "ben", ben, marks=True)
 
 
 def scored(capsys, ref: Path, *more) -> dict[str, dict[str, float]]:
@@ -226,10 +226,13 @@ def test_the_own_video_is_more_similar_than_the_others_for_both_pictures(own, ca
 
 
 def test_a_frame_without_a_face_counts_0(own, capsys):
-    whole, path = scored(capsys, own[0])["ada.mp4"], own[0].parent / "ada.json"
-    faces = json.loads(path.read_text())
-    path.write_text(json.dumps(faces | {"frames": faces["frames"][:6]}))
-    cut = scored(capsys, own[0])["ada.mp4"]
+    whole, folder = scored(capsys, own[0])["ada.mp4"], own[0].parent / "faces"
+    folder.mkdir()
+    for path in folder.parent.glob("*.json"):
+        path.rename(folder / path.name)
+    faces = json.loads((folder / "ada.json").read_text())
+    (folder / "ada.json").write_text(json.dumps(faces | {"frames": faces["frames"][:6]}))
+    cut = scored(capsys, own[0], "--faces-folder", folder)["ada.mp4"]
     assert cut["found"] == pytest.approx(6 / 9) and cut["min_frame"] == 0
     assert 0.5 * whole["similarity"] < cut["similarity"] < 0.8 * whole["similarity"]
     assert cut["drift"] > whole["drift"] + 0.3, "the face is lost in the second half"
@@ -257,18 +260,6 @@ def test_flicker_is_the_change_at_the_border_in_brightness_from_0_to_1(tmp_path)
     vectors, flicker = evaluate.read_own(tmp_path / "v.mp4", faces, net)
     assert abs(flicker - 25 / 255) < 2 / 255, flicker  # the codec errs by a level or two
     assert vectors.shape == (2, FRAMES, 128) and vectors.isnan().all()
-
-
-def test_faces_files_may_have_landmarks_and_a_folder_of_their_own(tmp_path, capsys):
-    ref = write_person(tmp_path, "ada", world.people("test", 1)[0], marks=True)
-    (tmp_path / "faces").mkdir()
-    for path in tmp_path.glob("*.json"):
-        path.rename(tmp_path / "faces" / path.name)
-    found = scored(capsys, ref, "--faces-folder", tmp_path / "faces")
-    assert found["ada.mp4"]["similarity"] > 0.7
-    net = evaluate.load_facenet(TINY / "face.safetensors")
-    faces = evaluate.load_faces(tmp_path / "faces" / "ada.json")
-    assert not evaluate.read_own(tmp_path / "ada.mp4", faces, net)[0].isnan().any()
 
 
 def test_bad_own_videos_are_one_line_and_nothing_is_written(own, capsys):

@@ -19,7 +19,7 @@ from toy.head import load_head, read_action, read_heads
 from training.run import seeded
 
 TINY = Path(__file__).resolve().parent.parent / "weights" / "tiny"
-N = 32
+N = 24
 
 
 @functools.cache

@@ -37,7 +37,7 @@ from tqdm import tqdm
 from clips.face import load_facenet
 from common.cli import Parser, check_ranges, command
 from common.files import atomic_write, read_json, write_json
-from guidance import stream_weights
+from guidance import Guidance, stream_weights
 from study import scores
 from study.evaluate import Models, chance_levels, generate, score_row, test_set
 from study.results import FACTORS, compute, grid, keep_settings, number, report
@@ -122,8 +122,8 @@ def train_flags(task: Task, args: argparse.Namespace) -> list[str]:
     changed = next(variants[task.variant] for variants in TRAINED.values()
                    if task.variant in variants)
     return ["--full", "--no-gradient-checkpointing", *(["--compile"] if args.compile else []),
-            *words(optimizer="muon", decay=0.5, final_lr=0, batch=args.batch, steps=args.steps,
-                   seed=task.seed, validate_every=args.steps, gemma_root=args.gemma_root,
+            *words(optimizer="muon", batch=args.batch, steps=args.steps, seed=task.seed,
+                   validate_every=args.steps, gemma_root=args.gemma_root,
                    checkpoint_path=args.checkpoint_path, face=args.face,
                    out=task.weights(args.folder).parent, **DEFAULT | changed)]
 
@@ -284,7 +284,8 @@ def table(args: argparse.Namespace) -> bool:
     lost = [f"{t.variant} seed {t.seed}" for t in tasks if t not in records]
     lines = [f"Missing: {', '.join(lost) or 'nothing'}.", ""]
     if "guidance" in args.only:
-        rows["guidance"] = {f"{label} ({len(stream_weights(*scales))} streams)": of(guided(scales))
+        streams = {label: len(stream_weights(Guidance(*GUIDED[label]))) for label in GUIDED}
+        rows["guidance"] = {f"{label} ({streams[label]} streams)": of(guided(scales))
                             for label, scales in GUIDED.items()}
         first = {t.scales[:2]: record for t, record in records.items() if t.seed == args.seeds[0]
                  and t.scales in GRID and t.variant == guided(t.scales)}

@@ -36,7 +36,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from denoise import INFERENCE, denoise, guidance_steps
+from denoise import denoise
 from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
@@ -50,12 +50,14 @@ from common.cli import Parser, check_folder, check_ranges, command
 from common.files import read_json, write_json
 from common.seeds import seeded
 from guidance import ORDERS
-from ltx.checkpoint import load_weights, read_metadata, shapes_from
+from ltx.checkpoint import read_metadata
 from ltx.fast_cpu import FastCPU
+from ltx.load import guidance_from, layout_from, load_transformer, read_inference
 from ltx.text import TextEncoder
 from ltx.vae import VideoVAE, psnr
-from model import TRANSFORMER_PREFIX, TransformerConfig, VideoTransformer, ltx_sigmas
+from model import ltx_sigmas
 from reference import encode_reference
+from sample import denoise
 from study import scores
 from study.results import COLUMNS, LEAKS, cell, number
 from toy import world
@@ -67,6 +69,7 @@ HERE = Path(__file__).resolve().parents[1]  # the repository
 # row made twice costs minutes, a stale one costs a wrong table.
 CODE = ("*.py", "ltx/*.py", "toy/*.py", "study/evaluate.py")
 ROWS = ("own reference", "swapped", "no reference")
+GUIDED = ("text_scale", "ref_scale", "rescale", "guide_range", "guide_every")
 BATCH = 16
 GB_PER_CLIP = 0.005  # estimated: ten copies of 9 frames of 64x64 pixels in float32 at a time
 VIDEOS = {".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi"}
@@ -127,12 +130,9 @@ class Models:
                              "checkpoints that know the procedural world can be scored on it; use "
                              "--videos for those of others")
         self.placement = metadata.get("reference_placement", "tass")
-        with shapes_from(checkpoint):
-            self.transformer = VideoTransformer(
-                TransformerConfig.from_checkpoint(self.config["transformer"]))
-            self.vae = VideoVAE(self.config["vae"])
-        load_weights(self.transformer, checkpoint, TRANSFORMER_PREFIX, torch.float32)
-        load_weights(self.vae, checkpoint, "vae.", torch.float32)
+        self.numbers = read_inference(self.config, checkpoint)
+        self.transformer = load_transformer(checkpoint, torch.float32)
+        self.vae = VideoVAE.load(checkpoint, torch.float32)
         self.text = TextEncoder.load(checkpoint, gemma_root, "cpu", torch.float32)
 
 
@@ -140,25 +140,23 @@ class Models:
 def generate(m: Models, captions: list[str], references: Tensor, args: argparse.Namespace,
              name: str) -> Tensor:
     """One clip per caption and reference (n, 3, h, w) -> (n, 3, F, h, w)."""
-    d = m.config["inference"]
-    grid = ((d["num_frames"] - 1) // m.vae.time_scale + 1, d["height"] // m.vae.space_scale,
-            d["width"] // m.vae.space_scale)
-    sigmas = ltx_sigmas(args.num_inference_steps or d["steps"], d["schedule_tokens"])
+    layout = layout_from(m.numbers, m.vae, m.placement)
+    asked = {name: getattr(args, name) for name in GUIDED}
+    guidance = guidance_from(m.numbers | asked, args.order)
+    steps = args.num_inference_steps or m.numbers["steps"]
+    sigmas = ltx_sigmas(steps, m.numbers["schedule_tokens"])
     out = []
     with FastCPU():
         null = m.text.encode([""])
         for start in tqdm(range(0, len(captions), BATCH), desc=name, unit="batch"):
             part = captions[start:start + BATCH]
-            noise = torch.randn(len(part), math.prod(grid), m.vae.latent_channels,
+            noise = torch.randn(len(part), layout.F * layout.H * layout.W, m.vae.latent_channels,
                                 generator=seeded(args.seed, start))
             with torch.autocast("cpu", torch.bfloat16, enabled=args.dtype == "bfloat16"):
                 tokens = encode_reference(m.vae.encode, references[start:start + BATCH]).float()
-                latent = denoise(
-                    m.transformer, m.text.encode(part), null,
-                    None if name == "no reference" else tokens, grid, d["frame_rate"],
-                    (m.vae.time_scale, m.vae.space_scale), sigmas, noise, args.text_scale,
-                    args.ref_scale, args.order, args.rescale, m.placement,
-                    guide_range=args.guide_range, guide_every=args.guide_every)
+                tokens = None if name == "no reference" else tokens     # (16, R, C)
+                latent = denoise(m.transformer, noise, sigmas, m.text.encode(part), null, tokens,
+                                 layout, guidance)
                 out.append(m.vae.decode(latent).float().clamp(-1, 1))   # (16, 3, F, h, w)
     return torch.cat(out)
 
@@ -307,11 +305,11 @@ def score_world(args: argparse.Namespace) -> None:
         check_folder(folder)
     nets = load_facenet(args.eval_encoder), load_head(args.head)
     m = Models(args.checkpoint_path, args.gemma_root)
-    d = m.config["inference"]
-    for name in ("text_scale", "ref_scale", "rescale", "guide_range", "guide_every"):
+    d = m.numbers
+    for name in GUIDED:
         if getattr(args, name) is None:
-            setattr(args, name, (INFERENCE | d)[name])
-    guidance_steps(torch.ones(2), args.guide_range, args.guide_every)  # refuses an empty range
+            setattr(args, name, d[name])
+    guidance_from(d | {name: getattr(args, name) for name in GUIDED}, args.order)  # refuses early
     data, train = (test_set(args.people, args.prompts, d["height"], d["num_frames"], split)
                    for split in (args.split, "train"))
     swapped = with_person(data, (data["who"] + 1) % args.people)

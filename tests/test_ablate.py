@@ -18,7 +18,7 @@ from test_results import record
 
 import train
 from common.files import write_json
-from guidance import stream_weights
+from guidance import Guidance, stream_weights
 from study import ablate, results
 
 ROOT = Path(ablate.__file__).resolve().parents[1]
@@ -51,7 +51,7 @@ def test_the_plan_has_12_trainings_a_seed_and_guidance_shares_the_defaults_weigh
     assert scales == {*ablate.GRID, *ablate.GUIDED.values()}, "the grid with the first seed only"
     assert {t.scales for t in guided if t.seed == 2} == set(ablate.GUIDED.values())
     assert [t.variant for t in ablate.plan(["face_loss"], [5])] == ["default", "no_face_loss"]
-    joint = stream_weights(*ablate.GUIDED["one joint scale of 3"])
+    joint = stream_weights(Guidance(*ablate.GUIDED["one joint scale of 3"]))
     assert len(joint) == 2 and (True, False) not in joint, "both conditions against none"
 
 

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from clipfiles import TURNS, draw_moving, faces_file, write, write_sound
+from tests.clipfiles import TURNS, draw_moving, faces_file, write, write_sound
 from PIL import Image
 from safetensors.torch import save_file
 
-from bench.torture.__main__ import ROOT, WEIGHTS, Case
+from bench.torture.harness import ROOT, WEIGHTS, Case
 
 SHAPES = ["--buckets", "32x48x9,48x32x9,32x48x1,48x32x1"]
 TINY = ["--checkpoint-path", str(WEIGHTS / "model.safetensors"), "--gemma-root", str(WEIGHTS / "gemma")]

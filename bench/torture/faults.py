@@ -38,11 +38,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from clipfiles import draw_moving, manifest, write
+from tests.clipfiles import draw_moving, manifest, write
 from safetensors import SafetensorError, safe_open
-from tiny import write_tiny
+from tests.tiny import write_tiny
 
-from bench.torture.__main__ import ROOT, Row, show
+from bench.torture.harness import ROOT, Row, show
 from clips import cache, video
 from ltx import checkpoint
 from training import run

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from bench.torture.__main__ import ROOT, WEIGHTS, Case
+from bench.torture.harness import ROOT, WEIGHTS, Case
 from reference import letterbox
 
 OUT = ("out.json", "out.mp4", "out.png")

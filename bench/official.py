@@ -53,17 +53,22 @@ TRANSFORMER = json.loads("""
  "audio_connector_attention_head_dim": 64, "use_audio_video_cross_attention": true,
  "av_cross_ada_norm": true, "av_ca_timestep_scale_multiplier": 1000.0}""")
 VAE = json.loads("""{
- "_class_name": "CausalVideoAutoencoder", "dims": 3, "in_channels": 3, "out_channels": 3, "latent_channels": 128,
- "patch_size": 4, "norm_layer": "pixel_norm", "latent_log_var": "uniform", "use_quant_conv": false,
- "causal_decoder": false, "timestep_conditioning": false, "normalize_latent_channels": false, "scaling_factor": 1.0,
- "encoder_base_channels": 128, "decoder_base_channels": 128, "spatial_padding_mode": "zeros",
- "encoder_blocks": [["res_x", {"num_layers": 4}], ["compress_space_res", {"multiplier": 2}],
-  ["res_x", {"num_layers": 6}], ["compress_time_res", {"multiplier": 2}], ["res_x", {"num_layers": 4}],
-  ["compress_all_res", {"multiplier": 2}], ["res_x", {"num_layers": 2}], ["compress_all_res", {"multiplier": 1}],
+ "_class_name": "CausalVideoAutoencoder", "dims": 3, "in_channels": 3, "out_channels": 3,
+ "latent_channels": 128, "patch_size": 4, "norm_layer": "pixel_norm", "latent_log_var": "uniform",
+ "use_quant_conv": false, "causal_decoder": false, "timestep_conditioning": false,
+ "normalize_latent_channels": false, "scaling_factor": 1.0, "encoder_base_channels": 128,
+ "decoder_base_channels": 128, "spatial_padding_mode": "zeros",
+ "encoder_blocks": [
+  ["res_x", {"num_layers": 4}], ["compress_space_res", {"multiplier": 2}],
+  ["res_x", {"num_layers": 6}], ["compress_time_res", {"multiplier": 2}],
+  ["res_x", {"num_layers": 4}], ["compress_all_res", {"multiplier": 2}],
+  ["res_x", {"num_layers": 2}], ["compress_all_res", {"multiplier": 1}],
   ["res_x", {"num_layers": 2}]],
- "decoder_blocks": [["res_x", {"num_layers": 4}], ["compress_space", {"multiplier": 2}],
-  ["res_x", {"num_layers": 6}], ["compress_time", {"multiplier": 2}], ["res_x", {"num_layers": 4}],
-  ["compress_all", {"multiplier": 1}], ["res_x", {"num_layers": 2}], ["compress_all", {"multiplier": 2}],
+ "decoder_blocks": [
+  ["res_x", {"num_layers": 4}], ["compress_space", {"multiplier": 2}],
+  ["res_x", {"num_layers": 6}], ["compress_time", {"multiplier": 2}],
+  ["res_x", {"num_layers": 4}], ["compress_all", {"multiplier": 1}],
+  ["res_x", {"num_layers": 2}], ["compress_all", {"multiplier": 2}],
   ["res_x", {"num_layers": 2}]]}""")
 # As on the hub: whatever equals the library's defaults is left out.
 GEMMA = json.loads("""{

@@ -1,16 +1,17 @@
 """One bad input: what is typed, what must come of it, and whether it did.
 
-The idea. A command that fails well says in one line what is wrong and what to do, ends with status 2 and leaves no
-file behind. That is a claim about hundreds of inputs that nobody types twice, so they are rows of a table (`Case`).
-Each runs in a process of its own, a fork of this one so that torch is imported once, with bounded memory and time, in
-a folder made for it. It fails if there is a traceback, another status, another message, a file in out/ that was not
-announced, a change to any file that was there before, or anything new elsewhere in the folder.
+The idea. A command that fails well says in one line what is wrong and what to do, ends with status
+2 and leaves no file behind. That is a claim about hundreds of inputs that nobody types twice, so
+they are rows of a table (`Case`). Each runs in a process of its own, a fork of this one so that
+torch is imported once, with bounded memory and time, in a folder made for it. It fails if there is
+a traceback, another status, another message, a file in out/ that was not announced, a change to any
+file that was there before, or anything new elsewhere in the folder.
 
-Faults (kills, full disks, readers that come at the wrong moment) need more than one process; they are functions that
-return a finished `Row`.
+Faults (kills, full disks, readers that come at the wrong moment) need more than one process; they
+are functions that return a finished `Row`.
 
-Conventions. Status 2 = refused, 0 = worked, 128 + signal = stopped. Bytes lost: of files that were there before a
-command that failed or was killed, and are gone or changed after it.
+Conventions. Status 2 = refused, 0 = worked, 128 + signal = stopped. Bytes lost: of files that were
+there before a command that failed or was killed, and are gone or changed after it.
 
 Read next: bench/torture/inputs.py
 """
@@ -46,13 +47,13 @@ LONGEST_LINE = 600  # characters of an error line; longer ones repeat the input
 class Case:
     """One bad (or odd but good) input.
 
-    command(folder): prepares files in an empty folder and returns for example ["sample.py", "--ref",
-    "x.png"] or ["clips.manifest", "check", ...]; `out/` is there already, relative paths are relative
-    to the folder. status: 2 refused, 0 works. says: regular expression found in the printed line
-    (status 0: anywhere in what was printed). leaves: names in out/ afterwards. quick: part of
-    --quick. seconds: of processor time; memory_gb: beyond what the process has when it starts;
-    file_bytes: no file may grow beyond it (as on a full disk). check(folder): "" or what is wrong,
-    when everything else is as expected.
+    command(folder): prepares files in an empty folder and returns for example ["sample.py",
+    "--ref", "x.png"] or ["clips.manifest", "check", ...]; `out/` is there already, relative paths
+    are relative to the folder. status: 2 refused, 0 works. says: regular expression found in the
+    printed line (status 0: anywhere in what was printed). leaves: names in out/ afterwards. quick:
+    part of --quick. seconds: of processor time; memory_gb: beyond what the process has when it
+    starts; file_bytes: no file may grow beyond it (as on a full disk). check(folder): "" or what is
+    wrong, when everything else is as expected.
     """
 
     name: str

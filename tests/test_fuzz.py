@@ -34,7 +34,8 @@ from clipfiles import write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from safetensors.torch import save, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save
 from torch import nn
 
 import sample
@@ -44,7 +45,7 @@ from clips import manifest as clips
 from clips.frames import Bucket, cover, open_picture, probe
 from clips.manifest import faces_for_clip, load_faces, read_manifest
 from ltx.checkpoint import check_weights, load_weights, open_file, read_metadata, shapes_from
-from ltx.gemma import GemmaConfig, GemmaTextModel, _gemma_files, load_gemma
+from ltx.gemma import GemmaConfig, GemmaTextModel, load_gemma
 from ltx.lora import read_lora
 from ltx.text import check_text
 from ltx.tokenizer import Tokenizer, train_bpe
@@ -116,25 +117,18 @@ def outcome(load, *words, most_mb: float = MOST_MB) -> str:
 def damage(good: bytes):
     """Strategy: the same bytes with one to four things wrong, half of them near the beginning."""
     places = st.one_of(st.integers(0, min(200, len(good)) - 1), st.integers(0, len(good) - 1))
-    kinds = st.sampled_from(["flip", "fill", "cut", "insert", "repeat", "number"])
+    kinds = st.sampled_from(["flip", "fill", "cut", "insert", "number"])
     edits = st.lists(st.tuples(kinds, places, st.integers(0, 255)), min_size=1, max_size=4)
 
     def apply(edits: list) -> bytes:
         data = bytearray(good)
         for kind, at, value in edits:
-            if kind == "flip" and at < len(data):
-                data[at] ^= 1 << value % 8
-            elif kind == "fill":
-                piece = data[at : at + value % 16]
-                data[at : at + value % 16] = bytes([value % 2 * 255]) * len(piece)
-            elif kind == "cut":
-                del data[at:]
-            elif kind == "insert":
+            piece = {"flip": bytes([(data[at] if at < len(data) else 0) ^ 1 << value % 8]),
+                     "fill": bytes([value % 2 * 255]) * (value % 16), "cut": b"", "insert": b"",
+                     "number": struct.pack("<Q", value << value % 57)}[kind]
+            data[at : len(data) if kind == "cut" else at + len(piece)] = piece
+            if kind == "insert":
                 data[at:at] = bytes([value]) * (value % 9)
-            elif kind == "repeat":
-                data[at:at] = data[at : at + value]
-            else:
-                data[at : at + 8] = struct.pack("<Q", value << value % 57)
         return bytes(data)
 
     return edits.map(apply)
@@ -316,26 +310,24 @@ def configs(folder: Path) -> Kind:
         check_text(path, TINY / "gemma")
 
     return Kind("w.safetensors", st.one_of(st.just(config), changed(config)).map(
-        lambda data: joined(table | {"__metadata__": {"config": json.dumps(data)}}, b"")), read, 60)
+        lambda data: joined(table | {"__metadata__": {"config": json.dumps(data)}}, b"")), read, 40)
 
 
 def loras(folder: Path) -> Kind:
     model = nn.ModuleDict({"to_q": nn.Linear(4, 3)})
-    adapter = {"transformer.lora_alpha": 2, "transformer.r": 2, "use_dora": False}
     tensors = {"lora_A.weight": torch.ones(2, 4), "lora_B.weight": torch.ones(3, 2),
                "alpha": torch.tensor(2.0)}
-    good = save({f"diffusion_model.to_q.{part}": tensor for part, tensor in tensors.items()},
-                {"lora_adapter_metadata": json.dumps(adapter)})
+    good = save({f"diffusion_model.to_q.{part}": tensor for part, tensor in tensors.items()})
     table, numbers = parts(good)
-    adapters = changed(adapter).map(
+    adapters = changed({"transformer.lora_alpha": 2, "transformer.r": 2, "use_dora": False}).map(
         lambda entry: table | {"__metadata__": {"lora_adapter_metadata": json.dumps(entry)}})
+    tables = st.one_of(changed(table), adapters).map(lambda table: joined(table, numbers))
 
     def read(path: Path) -> None:
         found = read_lora(path, model)
         assert all(math.isfinite(scale) for _, _, scale in found.pairs.values())
 
-    return Kind("lora.safetensors", st.one_of(damage(good), st.one_of(
-        changed(table), adapters).map(lambda table: joined(table, numbers))), read)
+    return Kind("lora.safetensors", st.one_of(damage(good), tables), read)
 
 
 PROMPTS = ["", "a person in a red shirt", "\ud800\udfff", "\x00\x1b", "雪の中" * 40, "a" * 3000,
@@ -344,12 +336,11 @@ PROMPTS = ["", "a person in a red shirt", "\ud800\udfff", "\x00\x1b", "雪の中
 
 def tokenizers(folder: Path) -> Kind:
     good = train_bpe(["a person in a red shirt turns left, a person nods"], 330)
-    few, pieces = copy.deepcopy(good), good["model"]["vocab"]
-    few["model"]["vocab"] = dict(list(pieces.items())[-40:])  # more damage outside of the pieces
+    pieces = good["model"].pop("vocab")  # damage outside of the 300 pieces
 
-    def with_all_pieces(data: object) -> bytes:
+    def with_pieces(data: object) -> bytes:
         with contextlib.suppress(TypeError, KeyError, AttributeError):
-            data["model"]["vocab"] = pieces | data["model"]["vocab"]
+            data["model"]["vocab"] = pieces
         return json.dumps(data).encode()
 
     def read(path: Path) -> None:
@@ -359,7 +350,7 @@ def tokenizers(folder: Path) -> Kind:
             assert len(ids) == len(mask) == 16
             assert ids.min() >= 0 and int(ids.max()) <= max(tokenizer.pieces)
 
-    data = st.one_of(damaged_json(good), changed(few).map(with_all_pieces))
+    data = st.one_of(changed(good).map(with_pieces), damage(with_pieces(copy.deepcopy(good))))
     return Kind("tokenizer.json", data, read)
 
 
@@ -367,14 +358,14 @@ def gemma_configs(folder: Path) -> Kind:
     good = json.loads((TINY / "gemma" / "config.json").read_text())
     rope = {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
             "sliding_attention": {}}
-    plain = {k: v for k, v in good.items() if "rope" not in k}
-    new = {"text_config": plain | {"rope_parameters": rope}}
 
     def read(path: Path) -> None:
         with torch.device("meta"):
             GemmaTextModel(GemmaConfig.from_folder(path.parent))
 
-    return Kind("config.json", st.one_of(damaged_json(good), damaged_json(new)), read, 80)
+    data = st.one_of(damaged_json(good), changed(good | {"rope_parameters": rope}).map(
+        lambda data: json.dumps({"text_config": data}).encode()))
+    return Kind("config.json", data, read, 80)
 
 
 KINDS = {"picture": pictures, "video": videos, "JSONL manifest": manifests("jsonl"),
@@ -417,17 +408,13 @@ def test_a_hundred_thousand_characters_without_a_space_take_seconds():
 
 def test_json_is_bounded_in_depth_wherever_it_comes_from_outside(tmp_path):
     deep = "[" * 3000 + "]" * 3000
-    save_file({"x": torch.zeros(1)}, tmp_path / "w.safetensors", {"config": deep})
     for name, load in (("tokenizer.json", Tokenizer), ("faces.json", load_faces),
                        ("config.json", lambda path: GemmaConfig.from_folder(path.parent)),
                        ("m.json", read_manifest), ("w.safetensors", read_metadata)):
-        if name != "w.safetensors":
-            (tmp_path / name).write_text(deep)
+        table = {"__metadata__": {"config": deep}}
+        (tmp_path / name).write_bytes(deep.encode() if ".json" in name else joined(table, b""))
         with pytest.raises(ValueError, match="nested deeper"):
             load(tmp_path / name)
-    (tmp_path / "m.jsonl").write_text(f"{json.dumps(ROW)}\n{deep}\n")
-    told = [row.broken and row.broken.detail for row in read_manifest(tmp_path / "m.jsonl")]
-    assert told == [None, "JSON nested deeper than 32 levels"]
 
 
 # ------------------------------------------------------------ command lines
@@ -496,7 +483,8 @@ EXECUTES = re.compile(r"""
     import\ (pickle|cPickle|cloudpickle|dill|joblib|shelve|marshal|yaml|runpy|code)(\..*)?
   | eval | exec | compile | __import__ | importlib\.import_module
   | torch\.(load|save|jit\.load|hub|package) | os\.(system|popen) | ctypes\.CDLL
-  | .*\.(broadcast|scatter)_object_list | .*gather_object | (allow_pickle|shell)=(?!False).*""", re.X)
+  | .*\.(broadcast|scatter)_object_list | .*gather_object
+  | (allow_pickle|shell)=(?!False).*""", re.X)
 
 
 def executions(source: str) -> list[str]:
@@ -538,19 +526,15 @@ def test_a_malicious_pickle_is_refused_and_never_run(tmp_path):
         archive.writestr("model/data.pkl", payload)
     (tmp_path / "raw.pt").write_bytes(payload)
     (tmp_path / "two.pt").write_bytes(b"\x80\x02" + payload)
+    (tmp_path / "config.json").write_bytes((TINY / "gemma" / "config.json").read_bytes())
     for path in sorted(tmp_path.glob("*.pt")):
-        gemma = tmp_path / f"gemma-{path.name}"
-        gemma.mkdir()
-        (gemma / "config.json").write_bytes((TINY / "gemma" / "config.json").read_bytes())
-        for name in ("model.safetensors", "tokenizer.json"):
-            (gemma / name).write_bytes(path.read_bytes())
+        (tmp_path / "model.safetensors").write_bytes(path.read_bytes())
         for load, *words in ((read_metadata, path), (load_faces, path), (open_picture, path),
                              (probe, path), (face.load_facenet, path), (read_lora, path, module),
-                             (load_weights, module, path, ""), (load_gemma, gemma),
-                             (Tokenizer, gemma / "tokenizer.json"),
-                             (check_text, path, TINY / "gemma")):
+                             (load_weights, module, path, ""), (load_gemma, tmp_path),
+                             (Tokenizer, path), (check_text, path, TINY / "gemma")):
             assert outcome(load, *words) == "refused"
-        with pytest.raises(Exception, match="."):  # safetensors' own type
+        with pytest.raises(SafetensorError):
             load_state(path)
         assert not witness.exists(), "the payload was run"
     with pytest.raises(ValueError, match="can run code"):
@@ -558,8 +542,9 @@ def test_a_malicious_pickle_is_refused_and_never_run(tmp_path):
 
 
 def test_an_index_of_shards_cannot_name_files_elsewhere(tmp_path):
+    (tmp_path / "config.json").write_bytes((TINY / "gemma" / "config.json").read_bytes())
     for name in ("../x.safetensors", "/etc/passwd", "a/b.safetensors"):
         index = json.dumps({"weight_map": {"x": name}})
         (tmp_path / "model.safetensors.index.json").write_text(index)
         with pytest.raises(ValueError, match="expected names of files beside"):
-            _gemma_files(tmp_path)
+            load_gemma(tmp_path)

@@ -409,6 +409,26 @@ MUTANTS: list[Mutant] = [
            "tests/test_ablate.py"),
     Mutant("study/ablate.py", "for state in folder.glob(\"state-*.safetensors\")",
            "for state in folder.glob(\"*.safetensors\")", "tests/test_ablate.py"),
+    # common
+    Mutant("common/files.py", "        write(temporary)\n        os.replace(temporary, path)",
+           "        write(path)", "tests/test_files.py"),
+    Mutant("common/files.py", 'f".{path.stem[:60]}.', 'f"{path.stem[:60]}.', "tests/test_files.py"),
+    Mutant("common/files.py", "        temporary.unlink(missing_ok=True)", "        pass",
+           "tests/test_files.py"),
+    Mutant("common/files.py", "st_mtime >= seconds", "st_mtime <= seconds", "tests/test_files.py"),
+    Mutant("common/files.py", "in range(JSON_DEPTH):", "in range(JSON_DEPTH + 1):",
+           "tests/test_files.py"),
+    Mutant("common/files.py", "if not path.is_file():", "if path.is_dir():", "tests/test_files.py"),
+    Mutant("common/cli.py", "not low <= value <= high", "(value < low or value > high)",
+           "tests/test_cli.py"),
+    Mutant("common/cli.py", "if os.path.lexists(p))", "if p.is_dir())", "tests/test_cli.py"),
+    Mutant("common/cli.py", "signalled.args[0] if signalled.args else signal.SIGINT",
+           "signal.SIGINT", "tests/test_cli.py"),
+    Mutant("common/cli.py", "            signal.signal(number, handler)", "            pass",
+           "tests/test_cli.py"),
+    Mutant("common/cli.py", "raise  # a mistake of ours", "pass  # a mistake of ours",
+           "tests/test_cli.py"),
+    Mutant("common/cli.py", "    sys.unraisablehook = hook", "    pass", "tests/test_cli.py"),
 ]
 
 

@@ -71,22 +71,15 @@ GEMMA = GemmaConfig(hidden_size=3840, intermediate_size=15360, num_hidden_layers
                     global_factor=8.0)  # fmt: skip
 
 # Evaluated as they stand: operations of one pass of the transformer, and of encoding one prompt.
-PASS = {
-    "self-attention, linears": "K * 2*n * (4*D*D + D*h)",
-    "self-attention, scores": "K * 4*n*n*D",
-    "text attention, linears": "K * 2 * (n*(2*D*D + D*h) + N*2*D*D)",
-    "text attention, scores": "K * 4*n*N*D",
-    "feed-forward": "K * 2*n * 8*D*D",
-    "adaLN": "2*U*(256*D + 10*D*D) + 2*(256*D + 3*D*D)",
-    "in, out": "2*n*D * 2*C",
-}
-PROMPT = {
-    "Gemma, linears": "2*N*Wg",
-    "Gemma, scores": "Kg * 4*N*N*Qg",
-    "projection": "2*N*We",
-    "connector, linears": "2*N*Wc",
-    "connector, scores": "Kc * 4*N*N*D",
-}
+PASS = {"self-attention, linears": "K * 2*n * (4*D*D + D*h)",
+        "self-attention, scores": "K * 4*n*n*D",
+        "text attention, linears": "K * 2 * (n*(2*D*D + D*h) + N*2*D*D)",
+        "text attention, scores": "K * 4*n*N*D",
+        "feed-forward": "K * 2*n * 8*D*D",
+        "adaLN": "2*U*(256*D + 10*D*D) + 2*(256*D + 3*D*D)",
+        "in, out": "2*n*D * 2*C"}  # fmt: skip
+PROMPT = {"Gemma, linears": "2*N*Wg", "Gemma, scores": "Kg * 4*N*N*Qg", "projection": "2*N*We",
+          "connector, linears": "2*N*Wc", "connector, scores": "Kc * 4*N*N*D"}  # fmt: skip
 # Most bytes alive at once besides the weights, by stage; tests hold the sums to measurements.
 ALIVE = {
     # All of Gemma's states, one layer's MLP and norms; then states, normalised, zeros, masked.
@@ -101,8 +94,7 @@ ALIVE = {
 class LiveBytes(TorchDispatchMode):
     """Adds up the bytes of all tensors made while it is on, also on the meta device.
 
-    now, peak: the sum and its largest value; workspace: input and output of the largest
-    convolution, which a library may copy into another layout.
+    workspace: input and output of the largest convolution, which a library may copy.
     """
 
     def __init__(self) -> None:
@@ -159,9 +151,8 @@ def build_parts(config: dict, gemma: GemmaConfig) -> tuple[dict[str, dict[str, T
         language, vae = GemmaTextModel(gemma), VideoVAE(config["vae"])
         states = gemma.num_hidden_layers + 1
         projection = text.FeatureExtractor(settings, gemma.hidden_size, states)
-        connector, sizes = text.Connector(settings), TransformerConfig.from_checkpoint(settings)
-        plain, cast = VideoTransformer(sizes), VideoTransformer(sizes)
-    cast_linears(cast.transformer_blocks)
+        connector = text.Connector(settings)
+        model = VideoTransformer(TransformerConfig.from_checkpoint(settings))
 
     def split(prefix: str, module: nn.Module, start: str = "") -> list[dict[str, Tensor]]:
         """Tensors whose name begins with start, and the others."""
@@ -175,25 +166,21 @@ def build_parts(config: dict, gemma: GemmaConfig) -> tuple[dict[str, dict[str, T
     parts["connector"], _ = split(text.CONNECTOR_PREFIX, connector)
     parts["VAE encoder"], parts["VAE decoder"] = split(VAE_PREFIX, vae, "encoder.")
     blocks = "transformer_blocks."
-    parts["blocks"], parts["transformer, rest"] = split(TRANSFORMER_PREFIX, plain, blocks)
-    parts["blocks in fp8-cast"], _ = split(TRANSFORMER_PREFIX, cast, blocks)
+    parts["blocks"], parts["transformer, rest"] = split(TRANSFORMER_PREFIX, model, blocks)
+    cast_linears(model.transformer_blocks)
+    parts["blocks in fp8-cast"], _ = split(TRANSFORMER_PREFIX, model, blocks)
     return parts, vae
 
 
 def walk_vae(vae: VideoVAE, grid: tuple[int, int, int], dtype: torch.dtype
              ) -> tuple[dict[str, int], dict[str, int]]:
-    """Runs the VAE on shapes alone: FLOPs, and bytes alive at most with a convolution's workspace.
-
-    grid: latent frames, rows, columns.
-    """
+    """FLOPs of the VAE's stages, and their bytes alive with a convolution's workspace, on shapes."""
     vae, s = vae.to(dtype), vae.space_scale
     picture = torch.empty(1, 3, 1, grid[1] * s, grid[2] * s, dtype=dtype, device="meta")
     latent = torch.empty(1, vae.latent_channels, *grid, dtype=dtype, device="meta")
-    work = {
-        "encode": lambda: vae.decode(vae.encode(picture)),
-        "decode": lambda: vae.decode(latent),
-        "decode, tiled": lambda: [None for _ in vae.decode_tiles(latent, Tiling())],
-    }
+    work = {"encode": lambda: vae.decode(vae.encode(picture)),
+            "decode": lambda: vae.decode(latent),
+            "decode, tiled": lambda: [None for _ in vae.decode_tiles(latent, Tiling())]}
     flops, alive = {}, {}
     for name, run in work.items():
         with torch.no_grad(), FlopCounterMode(display=False) as counter, LiveBytes() as live:
@@ -207,8 +194,7 @@ def least_bytes(config: dict, vae: VideoVAE, grid: tuple[int, int, int], dtype: 
     """What a video of this size takes at the very least besides the weights: to refuse it in time.
 
     vae: for its scales; grid: latent frames, rows, columns. Counted are three of the VAE's widest
-    tensors: input, normalised and output of its last block. Tiled, it sees less at once of the
-    video than of the reference.
+    tensors, those of its last block. Tiled, it sees no more of the video than of the reference.
     """
     (F, H, W), sizes, b = grid, config["vae"], dtype.itemsize
     pixels = H * W * (vae.space_scale // sizes["patch_size"]) ** 2
@@ -339,18 +325,17 @@ def fits(p: Plan) -> list[list[str]]:
 
 
 def print_plan(checkpoint_path: str | os.PathLike | None = None,
-               gemma_root: str | os.PathLike | None = None, height: int | None = None,
-               width: int | None = None, num_frames: int | None = None, text_scale: float = 3.0,
-               ref_scale: float = 2.0, order: str = "text_first") -> None:
-    """The plan as text and Markdown, in bf16. None: LTX-2.3, the 12B Gemma, the checkpoint's size.
+               gemma_root: str | os.PathLike | None = None, text_scale: float = 3.0,
+               ref_scale: float = 2.0, order: str = "text_first", **size: int) -> None:
+    """The plan in bf16, as text and Markdown. Without a file: LTX-2.3 and the 12B Gemma.
 
-    Raises ValueError as `plan`, and when the file is no LTX-2.3 checkpoint.
+    size: height, width, num_frames, or else the checkpoint's own. Raises ValueError as `plan`, and
+    when the file is no LTX-2.3 checkpoint.
     """
     config = REAL if checkpoint_path is None else read_metadata(checkpoint_path)["config"]
     gemma = GEMMA if gemma_root is None else GemmaConfig.from_folder(gemma_root)
-    size = {name: config.get("inference", {}).get(name, usual) for name, usual in SIZE.items()}
-    asked = {"height": height, "width": width, "num_frames": num_frames}
-    size |= {name: value for name, value in asked.items() if value is not None}
+    usual = config.get("inference", {})
+    size = {name: size.get(name, usual.get(name, official)) for name, official in SIZE.items()}
     with shapes_from(checkpoint_path or "this file"):
         p = plan(config, gemma, size, text_scale, ref_scale, order)
     print(f"{checkpoint_path or 'LTX-2.3 22B'}: {size}, {torch.bfloat16}")

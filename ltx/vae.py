@@ -154,10 +154,7 @@ class DownBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """`compress_*` of the decoder: convolution then depth-to-space.
-
-    A doubled time axis drops its first frame again.
-    """
+    """`compress_*`: convolution then depth-to-space; a doubled time axis drops its first frame."""
 
     def __init__(self, c_in: int, c_out: int, stride: Stride):
         super().__init__()
@@ -170,10 +167,7 @@ class UpBlock(nn.Module):
 
 
 def block_list(blocks: list) -> list[tuple[str, int]]:
-    """Config entries -> (kind, number): `["res_x", {"num_layers": 4}]` -> ("res_x", 4).
-
-    A bare number stands for itself.
-    """
+    """Config entries -> (kind, number); a number stands for {"num_layers": n} or {"multiplier": n}."""
     out = []
     for kind, value in blocks:
         if isinstance(value, dict):
@@ -306,11 +300,10 @@ class VideoVAE(nn.Module):
     def decode_frame(self, latent: Tensor, frame: int, reach: int = 2) -> Tensor:
         """One frame of a video, with gradients: (B, C, F', H, W) -> (B, 3, h, w).
 
-        our reading: for the identity loss, which looks at one frame; decoding the other 120 would
-        cost memory and teach nothing more. The decoder looks both ways in time, so `reach` latent
-        frames on either side are decoded too and dropped. With a reach of F' the frame is that of
-        `decode`, bit for bit; what a smaller one costs: tests/test_vae.py. Raises ValueError when
-        the video has no such frame.
+        our reading: for the identity loss, which looks at one frame. The decoder looks both ways in
+        time, so `reach` latent frames on either side are decoded too and dropped. With a reach of
+        F' the frame is that of `decode`, bit for bit; what a smaller one costs: tests/test_vae.py.
+        Raises ValueError when the video has no such frame.
         """
         last = latent.shape[2] - 1
         if not 0 <= frame <= last * self.time_scale:
@@ -345,23 +338,19 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
 
 @torch.no_grad()
 def demo() -> None:
-    blocks = [["res_x", 1], ["compress_space", 2], ["res_x", 1], ["compress_time", 2], ["res_x", 1],
-              ["compress_all", 2], ["res_x", 1], ["compress_all", 1], ["res_x", 1]]
+    blocks = [["compress_space", 2], ["compress_time", 2], ["compress_all", 2], ["compress_all", 1]]
     config = {"in_channels": 3, "out_channels": 3, "latent_channels": 8, "patch_size": 4,
               "decoder_base_channels": 8, "encoder_blocks": blocks, "decoder_blocks": blocks}
     torch.manual_seed(0)
     vae, video = VideoVAE(config), torch.rand(1, 3, 17, 64, 96) * 2 - 1
-    latent, picture = vae.encode(video), vae.encode(video[:, :, :1])
-    shapes = [tuple(x.shape) for x in (video, latent, vae.decode(latent))]
-    print("LTX-2.3's compressions, narrow and with random weights: one latent vector covers "
+    latent = vae.encode(video)
+    print("LTX-2.3's compressions, narrow and with random weights: one latent vector stands for "
           f"{vae.time_scale} frames x {vae.space_scale} x {vae.space_scale} pixels")
+    shapes = [tuple(x.shape) for x in (video, latent, vae.decode(latent))]
     print("  video {} -> latent {} -> video {}".format(*shapes))
     video[:, :, 9:] = 0
     change = (vae.encode(video) - latent).abs().amax(dim=(0, 1, 3, 4)).tolist()
-    print("  frames 9 to 16 made black, change of latent frames 0, 1, 2: "
-          + ", ".join(f"{c:.1e}" for c in change))
-    alone = (latent[:, :, :1] - picture).abs().max()
-    print(f"  frame 0 alone against frame 0 of the clip: {alone:.1e}")
+    print("  frames 9 to 16 black: latent frames change by", ", ".join(f"{c:.2g}" for c in change))
     print("Notice: no latent frame depends on a later frame, so a picture is a video of one frame; "
           "that is how ST-DRC's reference enters.")
 

@@ -1,9 +1,9 @@
 """What fits on which card: parameters, bytes, tokens and operations of a run, with the arithmetic.
 
-The idea. Whether a 22-billion-parameter model runs on the card at hand can be known before 46 GB
-are downloaded. Tables typed in by hand go stale with the next change of code; here the modules
-themselves are built on the meta device, which holds shapes and no numbers, and counted. A formula
-is printed from the very text it is computed from.
+The idea. Whether a model of 22 billion parameters runs on the card at hand can be known before its
+46 GB are downloaded. Tables typed by hand go stale; here the modules themselves are built on the
+meta device, which holds shapes and no numbers, and counted. A formula is printed from the very text
+it is computed from.
 
 LTX-2.3: the header of the 22B checkpoint (REAL, GEMMA) and the official size of a video.
 paper: ST-DRC (arXiv 2606.02441): three streams a step, one of which reads the reference tokens too.
@@ -144,6 +144,11 @@ def part_bytes(part: dict[str, Tensor], b: int) -> int:
     return sum(tensor.numel() * (1 if tensor.dtype == FLOAT8 else b) for tensor in part.values())
 
 
+def locked_bytes(part: dict[str, Tensor], b: int) -> int:
+    """In page-locked memory, where PyTorch rounds each tensor up to a power of two."""
+    return sum(1 << (part_bytes({"": tensor}, b) - 1).bit_length() for tensor in part.values())
+
+
 def build_parts(config: dict, gemma: GemmaConfig) -> tuple[dict[str, dict[str, Tensor]], VideoVAE]:
     """Every part on the meta device, in the order of use; and the VAE."""
     settings = config["transformer"]
@@ -174,7 +179,7 @@ def build_parts(config: dict, gemma: GemmaConfig) -> tuple[dict[str, dict[str, T
 
 def walk_vae(vae: VideoVAE, grid: tuple[int, int, int], dtype: torch.dtype
              ) -> tuple[dict[str, int], dict[str, int]]:
-    """FLOPs of the VAE's stages, and their bytes alive with a convolution's workspace, on shapes."""
+    """FLOPs of the VAE's stages, and bytes alive with a convolution's workspace, from shapes."""
     vae, s = vae.to(dtype), vae.space_scale
     picture = torch.empty(1, 3, 1, grid[1] * s, grid[2] * s, dtype=dtype, device="meta")
     latent = torch.empty(1, vae.latent_channels, *grid, dtype=dtype, device="meta")
@@ -273,16 +278,12 @@ def plan(config: dict = REAL, gemma: GemmaConfig = GEMMA, size: dict[str, int] =
             for stage, names in on_card(offload_text, offload, fp8).items():
                 terms = {name: weights[name] for name in names}
                 needs[option][stage] = terms | {"alive": alive[stage], "reserve": RESERVE}
-            blocks = parts["blocks in fp8-cast" if fp8 else "blocks"]
+            blocks = "blocks in fp8-cast" if fp8 else "blocks"
+            waiting = {"Gemma layers": offload_text, blocks: offload}
             pinned[option] = max(  # not the sum: Gemma's layers are gone before the blocks come
-                locked(parts["Gemma layers"], b) if offload_text == "cpu" else 0,
-                locked(blocks, b) if offload == "cpu" else 0)
+                locked_bytes(parts[name], b) if where == "cpu" else 0
+                for name, where in waiting.items())
     return Plan(parts, sizes, passes, flops, alive, needs, pinned)
-
-
-def locked(part: dict[str, Tensor], b: int) -> int:
-    """Page-locked bytes of a part: PyTorch rounds each tensor up to a power of two."""
-    return sum(1 << (part_bytes({"": tensor}, b) - 1).bit_length() for tensor in part.values())
 
 
 def stored_bytes(path: str | os.PathLike, part: dict[str, Tensor]) -> int:

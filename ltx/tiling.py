@@ -182,16 +182,14 @@ def decode_box(decode: Callable[[Tensor], Tensor], latent: Tensor, rows: list[Ti
 
 
 def demo() -> None:
+    times, rows, columns = plan_tiles((16, 32, 48), Tiling(), (8, 32))
     print("LTX-2.3's tiles of 121 frames of 1024 x 1536: [start, end) and the fades at either end")
-    times, *sides = plan_tiles((16, 32, 48), Tiling(), (8, 32))
-    rows, columns = ([tile.pixels(32) for tile in side] for side in sides)
-    frames = [tile.frames(8) for tile in times]
-    for name, parts in {"frames": frames, "rows": rows, "columns": columns}.items():
-        told = (f"[{a}, {b}) {left}|{right}" for a, b, left, right in parts)
-        print(f"  {name:8s}" + "   ".join(told))
+    for name, parts in {"frames": [tile.frames(8) for tile in times],
+                        "rows": [tile.pixels(32) for tile in rows],
+                        "columns": [tile.pixels(32) for tile in columns]}.items():
+        print(f"  {name:8s}", *(f"[{a}, {b}) {left}|{right}  " for a, b, left, right in parts))
     for tile in tiles(10, 6, 2):
-        weights = " ".join(f"{weight:.2f}" for weight in space_weights(tile).tolist())
-        print(f"  weights of cells {tile.start} to {tile.end - 1} of 10: {weights}")
+        print(f"  weights of {tile[:2]} of 10 cells:", space_weights(tile).numpy().round(2))
     print("Notice: where two tiles overlap their weights sum to one: a fade and not a line.")
 
 

@@ -167,7 +167,7 @@ class UpBlock(nn.Module):
 
 
 def block_list(blocks: list) -> list[tuple[str, int]]:
-    """Config entries -> (kind, number); a number stands for {"num_layers": n} or {"multiplier": n}."""
+    """Config entries -> (kind, number): both {"num_layers": 4} and a plain 4 become 4."""
     out = []
     for kind, value in blocks:
         if isinstance(value, dict):

@@ -22,11 +22,13 @@ Letters. K blocks, D width, h heads, N text tokens, L video and R reference toke
 Read next: clips/video.py
 """
 
+import argparse
 import math
 import os
 import sys
 import weakref
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +37,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.cli import command
-from guidance import stream_weights
+from guidance import Guidance, stream_weights
 from ltx import text
 from ltx.checkpoint import TYPES, open_file, read_metadata, shapes_from
 from ltx.gemma import GemmaConfig, GemmaTextModel
@@ -49,6 +51,8 @@ RESERVE = 1 * GB  # our reading: for the CUDA context, libraries and fragmentati
 CARDS = (12, 16, 24, 48, 80)
 LARGEST = 10**10  # pixels; 120 frames of 8192 x 8192, whose many tiles are walked in seconds
 SIZE = {"height": 512, "width": 768, "num_frames": 121}  # LTX-2.3: the official one
+GUIDANCE = Guidance()
+BUNDLED = Path(__file__).resolve().parents[1] / "weights" / "tiny" / "model.safetensors"
 # sample.py's flags -> where the text model's layers wait, where the transformer's do
 OPTIONS = {"no flag": ("none", "none"), "--offload-text cpu": ("cpu", "none"),
            "--offload cpu": ("cpu", "cpu"), "--offload disk": ("disk", "disk")}  # fmt: skip
@@ -236,11 +240,10 @@ def latent_grid(vae: VideoVAE, height: int, width: int, num_frames: int) -> tupl
 
 
 def plan(config: dict = REAL, gemma: GemmaConfig = GEMMA, size: dict[str, int] = SIZE,
-         text_scale: float = 3.0, ref_scale: float = 2.0, order: str = "text_first",
-         dtype: torch.dtype = torch.bfloat16) -> Plan:
-    """All figures of one run; size: height, width, num_frames; scales and order: guidance.py.
+         guidance: Guidance = GUIDANCE, dtype: torch.dtype = torch.bfloat16) -> Plan:
+    """All figures of one run; size: height, width, num_frames.
 
-    Raises ValueError as `latent_grid`, on a config that is not LTX-2.3's and on an infinite scale.
+    Raises ValueError as `latent_grid`, and on a config that is not LTX-2.3's.
     """
     (parts, vae), settings = build_parts(config, gemma), config["transformer"]
     c, b = TransformerConfig.from_checkpoint(settings), dtype.itemsize
@@ -254,7 +257,7 @@ def plan(config: dict = REAL, gemma: GemmaConfig = GEMMA, size: dict[str, int] =
              "Qg": gemma.num_attention_heads * gemma.head_dim,
              "Wg": numbers(parts["Gemma layers"], 2), "We": numbers(parts["projection"], 2),
              "Wc": numbers(connector, 2)}  # fmt: skip
-    reads_reference = [ref for _, ref in stream_weights(text_scale, ref_scale, order)]
+    reads_reference = [ref for _, ref in stream_weights(guidance)]
     passes = {L: reads_reference.count(False), L + R: reads_reference.count(True)}
     passes = {n: count for n, count in passes.items() if count}
 
@@ -325,9 +328,17 @@ def fits(p: Plan) -> list[list[str]]:
     return rows
 
 
-def print_plan(checkpoint_path: str | os.PathLike | None = None,
-               gemma_root: str | os.PathLike | None = None, text_scale: float = 3.0,
-               ref_scale: float = 2.0, order: str = "text_first", **size: int) -> None:
+def print_plan(args: argparse.Namespace) -> None:
+    """`show` for sample.py's arguments; its default checkpoint, the bundled one, means LTX-2.3."""
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    scales = {name: given[name] for name in ("text_scale", "ref_scale", "order") if name in given}
+    files = (args.checkpoint_path, args.gemma_root) if args.checkpoint_path != BUNDLED else ()
+    show(*files, guidance=Guidance(**scales), **{k: given[k] for k in SIZE if k in given})
+
+
+def show(checkpoint_path: str | os.PathLike | None = None,
+         gemma_root: str | os.PathLike | None = None, guidance: Guidance = GUIDANCE,
+         **size: int) -> None:
     """The plan in bf16, as text and Markdown. Without a file: LTX-2.3 and the 12B Gemma.
 
     size: height, width, num_frames, or else the checkpoint's own. Raises ValueError as `plan`, and
@@ -338,7 +349,7 @@ def print_plan(checkpoint_path: str | os.PathLike | None = None,
     usual = config.get("inference", {})
     size = {name: size.get(name, usual.get(name, official)) for name, official in SIZE.items()}
     with shapes_from(checkpoint_path or "this file"):
-        p = plan(config, gemma, size, text_scale, ref_scale, order)
+        p = plan(config, gemma, size, guidance)
     print(f"{checkpoint_path or 'LTX-2.3 22B'}: {size}, {torch.bfloat16}")
     print(" ".join(f"{letter}={number}" for letter, number in p.sizes.items()), end="\n\n")
     rows = []
@@ -384,4 +395,4 @@ def print_bytes(p: Plan) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(command("plan.py", lambda: print_plan(*sys.argv[1:3])))
+    sys.exit(command("plan.py", lambda: show(*sys.argv[1:3])))

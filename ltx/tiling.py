@@ -12,7 +12,7 @@ our reading: sizes are rounded to the nearest latent cell, overlaps up.
 Conventions. Tiling is in pixels and frames, a Tile in cells of one axis of the latent, or in its
 pixels or frames. 0 = that axis is not tiled; no Tiling at all = the plain decoding, bit for bit.
 
-    for frames in vae.decode_tiles(latent, Tiling()):              # (B, 3, f, h, w), f varies
+    for frames in vae.decode_tiles(latent):                        # (B, 3, f, h, w), f varies
         writer.add(to_frames(frames[0]))                           # clips/video.py
 
 Read next: ltx/tokenizer.py

@@ -41,6 +41,7 @@ VAE_PREFIX = "vae."  # LTX-2.3: of its names in the checkpoint file
 # LTX-2.3: what a block of the config does to (time, height, width). "_res": with a shortcut.
 STRIDES = {"compress_space": (1, 2, 2), "compress_time": (2, 1, 1), "compress_all": (2, 2, 2)}
 Stride = tuple[int, int, int]
+TILING = Tiling()  # LTX-2.3: its sizes of tiles
 
 
 def pixel_norm(x: Tensor, eps: float = 1e-8) -> Tensor:
@@ -319,7 +320,7 @@ class VideoVAE(nn.Module):
         """Tiles of a latent of `grid` (F', H, W) cells, see ltx/tiling.py. Needs no weights."""
         return plan_tiles(grid, tiling, (self.time_scale, self.space_scale))
 
-    def decode_tiles(self, latent: Tensor, tiling: Tiling | None = None) -> Iterator[Tensor]:
+    def decode_tiles(self, latent: Tensor, tiling: Tiling | None = TILING) -> Iterator[Tensor]:
         """`decode` in pieces: latent (B, C, F', H, W) -> runs (B, 3, f, h, w) of finished frames.
 
         The runs are in order and together are all frames. One tile (tiling None, or a latent that

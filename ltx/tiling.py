@@ -126,10 +126,10 @@ def plan_tiles(grid: tuple[int, int, int], tiling: Tiling | None, scales: Scales
                              f"its overlap, got {asked} with overlap {overlap}; "
                              f"use {scale * (shared + 1)} or more, or 0 for off")
         cells.append((size, shared))
-    (length, later), (size, shared) = cells
+    time, (size, shared) = cells
     rows, columns = (max(round(size * side / max(H, W)), shared + 1) if size else 0
                      for side in (H, W))
-    return time_tiles(F, length, later), tiles(H, rows, shared), tiles(W, columns, shared)
+    return time_tiles(F, *time), tiles(H, rows, shared), tiles(W, columns, shared)
 
 
 def decode_runs(decode: Callable[[Tensor], Tensor], latent: Tensor, plan: Plan,

@@ -49,6 +49,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if not x.dtype == weight.dtype == torch.float32 or not torch.backends.mkldnn.enabled:
         return F.linear(x, weight, bias)
+    bias = None if bias is None else bias.contiguous()  # oneDNN does not look at its stride
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
@@ -82,6 +83,7 @@ def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: tuple 
     if not x.dtype == weight.dtype == torch.float32 or not torch.backends.mkldnn.enabled \
             or x.shape[0] != 1 or x.numel() <= weight.numel():
         return F.conv3d(x, weight, bias, stride, padding, dilation, groups)
+    bias = None if bias is None else bias.contiguous()
     return torch.mkldnn_convolution(x, weight, bias, padding, stride, dilation, groups)
 
 

@@ -215,7 +215,7 @@ class FakeBlock:
 
 
 def mistakes(log: list) -> list:
-    """Entries that touch one slot in no certain order, one of them a copy; uses of a wrong block."""
+    """Entries on one slot in no certain order, one of them a copy; and uses of a wrong block."""
     found = []
     for j, (what, slot, block, stream, clock) in enumerate(log):
         before = [entry for entry in log[:j] if entry[1] is slot]
@@ -235,7 +235,8 @@ def test_the_waits_leave_no_order_of_events_that_gives_a_wrong_block(monkeypatch
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
     stream = HostStream([], "cpu")
     stream.blocks, stream.count = [FakeBlock(i) for i in range(5)], 5
-    stream.slots, stream.side, stream.device = [FakeBlock(), FakeBlock()], side, torch.device("cuda")
+    stream.slots, stream.side = [FakeBlock(), FakeBlock()], side
+    stream.device = torch.device("cuda")
     for stop in (break_at, None):
         for i, block in enumerate(stream):
             if i == stop:
@@ -243,7 +244,8 @@ def test_the_waits_leave_no_order_of_events_that_gives_a_wrong_block(monkeypatch
             compute.queue("use", block, i)
     for slot in stream.slots:  # their memory goes to somebody else, who writes on this stream
         compute.queue("copy", slot, 99)
-    assert not mistakes(log) and sum(entry[0] == "use" for entry in log) == 5 + (break_at or 0)
+    assert not mistakes(log)
+    assert [e[2] for e in log if e[0] == "use"] == [*range(5)][:break_at] + [*range(5)]
 
 
 # ---------------------------------------------------------------- float8

@@ -139,7 +139,7 @@ def crop_faces(frames: Tensor, boxes: Tensor, size: int) -> Tensor:
     # float32: bfloat16 cannot place a box
     frames, boxes = frames.float(), boxes.to(frames.device, torch.float32)
     left, top, right, bottom = boxes[:, :, None].unbind(dim=1)            # (B, 1) each
-    middle = (torch.arange(size, device=frames.device) + 0.5) / size      # (size,) in (0, 1)
+    middle = (torch.arange(size, device=frames.device) + 0.5) / size      # (size,) from 0 to 1
     # align_corners=False: -1 is the outer edge of the first pixel, which is why boxes count edges.
     x = (left + (right - left) * middle) * 2 / w - 1                      # (B, size)
     y = (top + (bottom - top) * middle) * 2 / h - 1                       # (B, size)

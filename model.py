@@ -296,7 +296,7 @@ class Block(nn.Module):
     ) -> Tensor:
         # torch.addcmul(x, gate, y) is x + gate * y in one pass. Three rows at a time: at full size
         # nine rows for every token would be half a gigabyte.
-        shift, scale, gate = levels.of(self.scale_shift_table, 0, 3)      # (B, S, D) or (1, D) each
+        shift, scale, gate = levels.of(self.scale_shift_table, 0, 3)      # (B, S, D), or (1, D) each
         h = modulate(x, shift, scale, self.eps)                           # (B, S, D)
         h = self.attn1(h, rotary=rotary, bias=bias, skip=skip)            # (B, S, D)
         x = torch.addcmul(x, gate, h)
@@ -367,7 +367,7 @@ class VideoTransformer(nn.Module):
         # In sampling a few thousand tokens share two or three noise levels, so the nine rows are
         # made once per level. Finding the levels depends on the data, which neither training nor
         # a compiled graph wants.
-        noise_levels, index = timesteps.to(torch.float32), None           # (B, S)
+        noise_levels, index = timesteps.to(torch.float32), None
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             noise_levels, index = torch.unique(noise_levels, return_inverse=True)  # (U,), (B, S)
             index = index if len(noise_levels) > 1 else None  # one for all: rows (1, D) fit as is

@@ -112,7 +112,7 @@ class Layout:
     time_scale: int = 8
     space_scale: int = 32
     placement: str = "tass"
-    source_turn: float = 1.0
+    source_turn: float = 2.0  # what LTX-Best-Face-ID was trained with (BFSNodes 1.29)
 
     def video_positions(self) -> Tensor:
         """(A, L, 2), L = F*H*W: the same with and without a reference."""

@@ -47,6 +47,7 @@ from clips.manifest import Faces, faces_for_clip, load_faces
 from clips.video import picks, save_sheet
 from common.cli import Parser, check_folder, check_ranges, command
 from common.files import read_json, write_json
+from common.seeds import seeded
 from denoise import INFERENCE, denoise, guidance_steps
 from guidance import ORDERS
 from ltx.checkpoint import load_weights, read_metadata, shapes_from
@@ -57,7 +58,7 @@ from reference import encode_reference
 from study import scores
 from study.results import COLUMNS, LEAKS, SHARES, number
 from toy import world
-from training.run import load_state, save_state, seeded
+from training.run import load_state, save_state
 
 HERE = Path(__file__).resolve().parents[1]  # the repository
 ROWS = ("own reference", "swapped", "no reference")

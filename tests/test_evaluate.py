@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 
 from clips.face import square, template
 from clips.video import VideoWriter, to_frames
+from common.seeds import seeded
 from study import evaluate
 from study.evaluate import cell, kept, settings_key, tables, with_person
 from toy import world
-from training.run import seeded
 
 TINY = Path(evaluate.__file__).parent / "weights" / "tiny"
 SIZE, FRAMES = 128, 9

@@ -46,12 +46,13 @@ from ltx.checkpoint import check_weights, load_weights, read_metadata, shapes_fr
 from ltx.gemma import GemmaConfig, GemmaTextModel, _gemma_files, load_gemma
 from ltx.lora import read_lora
 from ltx.text import check_text
-from ltx.tokenizer import Tokenizer, train_bpe
+from ltx.tokenizer import Tokenizer
 from ltx.vae import VideoVAE
 from model import TRANSFORMER_PREFIX, TransformerConfig, VideoTransformer
 from reference import letterbox
 from study import ablate, evaluate
 from toy import pretrain
+from toy.vocabulary import train_bpe
 from training.run import load_state
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -242,8 +242,8 @@ def test_the_waits_leave_no_order_of_events_that_gives_a_wrong_block(monkeypatch
             if i == stop:
                 break
             compute.queue("use", block, i)
-    for slot in stream.slots:  # their memory goes to somebody else, who writes on this stream
-        compute.queue("copy", slot, 99)
+        for slot in stream.slots:  # their memory goes to somebody else, who writes on this stream
+            compute.queue("copy", slot, 99)
     assert not mistakes(log)
     assert [e[2] for e in log if e[0] == "use"] == [*range(5)][:break_at] + [*range(5)]
 

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from clips.face import load_facenet
+from common.seeds import seeded
 from study import scores
 from toy import world
-from training.run import seeded
 
 TINY = Path(__file__).resolve().parent.parent / "weights" / "tiny"
 ACTIONS = torch.arange(len(world.ACTIONS))

@@ -17,13 +17,14 @@ import torch
 from torch import nn
 
 import train
-from clips.dataset import fresh_world
 from common.files import atomic_write
+from common.seeds import seeded
 from ltx.checkpoint import open_file, read_metadata
 from toy import pretrain
+from toy.clips import fresh_world
 from training import validate
 from training.optim import EMA, MuonAdamW, orthogonalize, schedule, split_parameters
-from training.run import Run, load_state, seeded
+from training.run import Run, load_state
 
 
 def toy_run(folder, minutes, save_seconds=120):
@@ -83,13 +84,13 @@ import sys, time, torch
 from torch import nn
 sys.path.insert(0, {root!r})
 torch.set_num_threads(1)
-from training import run
+from common import seeds
 from training.optim import EMA, MuonAdamW, schedule, split_parameters
 from training.run import Run
 def seeded(*numbers):
     print("in a step", flush=True)
     time.sleep(0.02)  # long enough to be hit
-    return run.seeded(*numbers)
+    return seeds.seeded(*numbers)
 {source}
 toy_run({folder!r}, 9, save_seconds=0)
 """

@@ -107,7 +107,7 @@ def renamed(vae: VideoVAE, downs: int, ups: int) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("seed", [0, 1, 3])
+@pytest.mark.parametrize("seed", [4, 7])  # all kinds of blocks between them
 def test_encoding_and_decoding_equal_diffusers(seed):
     config, vae = draw_config(seed), build(seed)
     twin, s = diffusers_twin(vae, config), vae.space_scale

@@ -41,38 +41,29 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from clips.dataset import (
-    CLIPS,
-    DATA,
-    FRAME_RATE,
-    FRAMES,
-    GRID,
-    SIZE,
-    Order,
-    cached_world,
-    clip_rows,
-    fresh_world,
-    render_clips,
-    shard_indices,
-)
+from clips.dataset import Order, shard_indices
 from clips.face import FaceNet, square
 from clips.video import save_sheet
 from common.cli import Parser, check_folder, check_ranges, command
 from common.files import atomic_write
+from common.seeds import seeded
 from denoise import denoise
 from losses import crop_faces, flow_matching_loss
 from ltx.checkpoint import load_weights, read_metadata, save_checkpoint
 from ltx.gemma import GemmaConfig, GemmaTextModel, save_gemma
 from ltx.text import CONNECTOR_PREFIX, EXTRACTOR_PREFIX, Connector, FeatureExtractor, TextEncoder
-from ltx.tokenizer import Tokenizer, train_bpe
+from ltx.tokenizer import Tokenizer
 from ltx.vae import VideoVAE, psnr
 from model import TRANSFORMER_PREFIX, TransformerConfig, VideoTransformer, ltx_sigmas, training_sigmas
 from reference import patchify
 from rope import grid_to_positions, video_grid
 from study.scores import POSE_SPREAD, HeadPoseEstimator, read_action, read_heads
 from toy import world
+from toy.clips import cached_world, clip_rows, fresh_world, render_clips
+from toy.config import CLIPS, DATA, FRAME_RATE, FRAMES, GRID, SIZE
+from toy.vocabulary import train_bpe
 from training.optim import EMA, KEEP_FROM_MUON, MuonAdamW, schedule, split_parameters
-from training.run import Run, check_finite, seeded
+from training.run import Run, check_finite
 from training.workers import average_gradients
 
 RUNS, WEIGHTS = Path("runs"), Path("weights/tiny")

@@ -23,21 +23,22 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from clips.dataset import RealClips, WorldClips
+from clips.dataset import ClipSource
 from clips.video import picks, save_sheet
+from common.seeds import seeded
 from denoise import INFERENCE, denoise
 from ltx.vae import VideoVAE
 from model import VideoTransformer, ltx_sigmas
 from reference import encode_reference
 from training import plot
-from training.run import Run, check_finite, seeded
+from training.run import Run, check_finite
 
 LOOKS = 4   # times that every clip is looked at, each with other noise
 SHOWN = 4   # clips on the sheet
 
 
 @torch.no_grad()
-def validate(run: Run, clips: WorldClips | RealClips, size: int, held_out: bool, compute: Callable,
+def validate(run: Run, clips: ClipSource, size: int, held_out: bool, compute: Callable,
              sample: Callable) -> None:
     """Log the losses of `clips` when they are held out, and write the pictures.
 
@@ -66,7 +67,7 @@ def draw_curves(run: Run) -> None:
             print(f"warning: {error}", file=sys.stderr)
 
 
-def validation_loss(clips: WorldClips | RealClips, size: int, compute: Callable, step: int) -> dict[str, float]:
+def validation_loss(clips: ClipSource, size: int, compute: Callable, step: int) -> dict[str, float]:
     """val_fm and, when a face is known in any clip, val_face: means over all clips and LOOKS draws of noise.
 
     Raises ValueError naming step, loss and clips when one is not finite.
@@ -84,7 +85,7 @@ def validation_loss(clips: WorldClips | RealClips, size: int, compute: Callable,
     return {name: (s / n).item() for name, s, n in zip(("val_fm", "val_face"), sums, counts, strict=True) if n}
 
 
-def sample_clips(clips: WorldClips | RealClips, indices: list[int], config: dict, model: VideoTransformer, vae: VideoVAE,
+def sample_clips(clips: ClipSource, indices: list[int], config: dict, model: VideoTransformer, vae: VideoVAE,
                  placement: str, precision: str = "bf16") -> list[list[Tensor]]:
     """A row of pictures (3, h, w) for each clip: its reference, then up to five frames of the video made for it."""
     device, defaults = next(vae.parameters()).device.type, {**INFERENCE, **config.get("inference", {})}

@@ -372,7 +372,7 @@ def train(args: argparse.Namespace) -> None:
         torch.set_flush_denormal(True)
     torch.manual_seed(args.seed)
     config = read_metadata(args.checkpoint)["config"]
-    vae = VideoVAE.load(args.checkpoint, torch.float32, device).requires_grad_(False)
+    vae = VideoVAE.load(args.checkpoint, device, torch.float32).requires_grad_(False)
     net = load_facenet(args.face, device) if args.w_id > 0 else None
     data, shown, held_out = open_data(args, vae, device, rank, world_size)
     sharded = args.parallel == "fsdp" and can_shard()

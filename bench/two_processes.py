@@ -62,7 +62,7 @@ def show(name: str, folder: Path, out: Path, steps: int) -> float:
 def main() -> int:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("folder", type=Path)
-    p.add_argument("--steps", type=int, default=20)
+    p.add_argument("--steps", type=int, default=20, help="a multiple of 20, as logs have lines")
     args = p.parse_args()
     folder, steps, half = args.folder.resolve(), args.steps, args.steps // 2
     for out in folder.glob("run-*"):

@@ -1,19 +1,21 @@
-"""Measure the memory that loading the transformer out of a large checkpoint takes. Linux only; needs 5 GB of disk.
+"""Measure the memory that loading the transformer out of a large checkpoint takes.
 
-    python -m bench.load_memory                      a file of 4.2 GB, written, loaded three times, deleted
+    python -m bench.load_memory          a file of 4.2 GB, written, loaded three times, deleted
     python -m bench.load_memory --gigabytes 8 --path big.safetensors --keep
 
-The file has LTX-2.3's names and 48 blocks at a smaller width: about 60 % of it is the video transformer, the rest is
-the sound's half, mixed between (the tensors stand in the order of their names). The used part is a repeated pattern
-without a zero, the rest is NaN throughout, so neither can be stored or skipped by a trick of the file system.
+Linux only; needs 5 GB of disk. The file has LTX-2.3's names and 48 blocks at a smaller width: about
+60 % of it is the video transformer, the rest is the sound's half, mixed between (the tensors stand
+in the order of their names). The used part is a repeated pattern without a zero, the rest is NaN
+throughout, so neither can be stored or skipped by a trick of the file system.
 
-What is measured. A fresh process imports torch and model.py (baseline), builds the transformer on the meta device,
-loads it, and then counts the zeros of every weight, which needs every page of it. The peak (VmHWM) is the largest
-number of bytes that the process ever had in memory, pages mapped from the file included; peak minus baseline is what
-loading cost. The same weights held twice, a model of random numbers first, or the sound's half would all show.
+What is measured. A fresh process imports torch and model.py (baseline), builds the transformer on
+the meta device, loads it, and then counts the zeros of every weight, which needs every page of it.
+The peak (VmHWM) is the largest number of bytes that the process ever had in memory, pages mapped
+from the file included; peak minus baseline is what loading cost. The same weights held twice, a
+model of random numbers first, or the sound's half would all show.
 
-dtype None and bf16 keep the stored numbers: at most the used part + 15 % (exit status 1 above it). float32 doubles
-them, so twice the used part is what the result itself needs; this figure is printed and has no limit.
+dtype None and bf16 keep the stored numbers: at most the used part + 15 % (exit status 1 above it).
+float32 doubles them, so twice the used part is what the result itself needs; that has no limit.
 """
 
 import argparse
@@ -31,6 +33,7 @@ import torch
 from ltx.checkpoint import load_weights, read_metadata
 from model import TransformerConfig, VideoTransformer
 
+ROOT = Path(__file__).resolve().parents[1]
 PREFIX = "model.diffusion_model."
 SHARE = 0.6  # of the file is the video transformer
 LIMIT = 1.15
@@ -47,12 +50,14 @@ def write_large(path: Path, gigabytes: float) -> tuple[int, int]:
         model = VideoTransformer(TransformerConfig.from_checkpoint(config["transformer"]))
     shapes = {PREFIX + name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     rng, pattern = np.random.default_rng(0), {}
-    half = np.uint16(0x3C00) + rng.integers(0, 0x100, 1 << 19, np.uint16)  # bf16 between 0.008 and 0.03: never zero
-    whole = rng.uniform(0.01, 0.03, 1 << 18).astype(np.float32)
+    # bf16 between 0.008 and 0.03, and float32: never zero
+    half = np.uint16(0x3C00) + rng.integers(0, 0x100, 1 << 19, np.uint16)
+    single = rng.uniform(0.01, 0.03, 1 << 18).astype(np.float32)
     for name in shapes:
-        pattern[name] = whole if official.stored_type(name) is torch.float32 else half
+        pattern[name] = single if official.stored_type(name) is torch.float32 else half
     shapes |= official.audio(config)
-    stored = sum(math.prod(shape) * official.stored_type(name).itemsize for name, shape in shapes.items())
+    stored = sum(math.prod(shape) * official.stored_type(name).itemsize
+                 for name, shape in shapes.items())
     for i in range(max(0, math.ceil((gigabytes * 1e9 - stored) / 2**26))):
         shapes[f"vocoder.filler.{i}.weight"] = (2**25,)  # 2**26 bytes
     rows = [(name, official.stored_type(name), shapes[name]) for name in sorted(shapes)]
@@ -69,7 +74,7 @@ def resident(field: str) -> int:
 
 
 def load_here(path: Path, dtype: str) -> dict:
-    """Load in this process, which should be a fresh one; returns bytes, zeros among the weights, seconds."""
+    """Load in this process, which should be a fresh one: bytes, zeros of the weights, seconds."""
     baseline, start = resident("VmRSS"), time.perf_counter()
     config = TransformerConfig.from_checkpoint(read_metadata(path)["config"]["transformer"])
     with torch.device("meta"):
@@ -78,26 +83,49 @@ def load_here(path: Path, dtype: str) -> dict:
     loaded = time.perf_counter() - start
     weights = list(model.state_dict().values())
     zeros = sum(tensor.numel() - int(tensor.count_nonzero()) for tensor in weights)
-    sound = all(bool(tensor.sum().isfinite()) for tensor in weights)  # NaN would be the sound's half
-    return {"baseline": baseline, "peak": resident("VmHWM"), "zeros": zeros, "finite": sound, "loaded": loaded,
-            "touched": time.perf_counter() - start, "file": resident("RssFile"), "anonymous": resident("RssAnon")}
+    finite = all(bool(tensor.sum().isfinite()) for tensor in weights)  # NaN is the sound's half
+    return {"baseline": baseline, "peak": resident("VmHWM"), "zeros": zeros, "finite": finite,
+            "loaded": loaded, "touched": time.perf_counter() - start,
+            "file": resident("RssFile"), "anonymous": resident("RssAnon")}
 
 
 def load_in_fresh_process(path: Path, dtype: str = "None") -> dict:
-    command = [sys.executable, __file__, "--load", str(path), dtype]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "bench.load_memory", "--load", str(path), dtype]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr)
     return json.loads(done.stdout)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="memory that loading a large checkpoint takes")
-    parser.add_argument("--path", type=Path, help="where to write the file (default: a temporary folder)")
-    parser.add_argument("--gigabytes", type=float, default=4.2, help="size of the file (default: %(default)s)")
-    parser.add_argument("--keep", action="store_true", help="leave the file there (default: delete it)")
-    parser.add_argument("--load", nargs=2, metavar=("PATH", "DTYPE"), help=argparse.SUPPRESS)
-    args = parser.parse_args(arguments)
+def report(path: Path, gigabytes: float) -> int:
+    start = time.perf_counter()
+    size, used = write_large(path, gigabytes)
+    print(f"file      {size / 1e6:8.0f} MB, written in {time.perf_counter() - start:.0f} s")
+    print(f"used part {used / 1e6:8.0f} MB ({used / size:.0%}), limit {LIMIT * used / 1e6:.0f} MB")
+    print(f"{'dtype':10s}{'baseline':>9s}{'peak':>7s}{'cost':>7s}{'of used part':>14s}"
+          "   at the end: file, anonymous; seconds to load, to touch")
+    status = 0
+    for dtype in ("None", "bfloat16", "float32"):
+        found = load_in_fresh_process(path, dtype)
+        cost = found["peak"] - found["baseline"]
+        bad = (found["zeros"] or not found["finite"]
+               or (dtype != "float32" and cost > LIMIT * used))
+        status |= int(bool(bad))
+        print(f"{dtype:10s}{found['baseline'] / 1e6:9.0f}{found['peak'] / 1e6:7.0f}"
+              f"{cost / 1e6:7.0f}{cost / used:14.3f}   {found['file'] / 1e6:.0f}, "
+              f"{found['anonymous'] / 1e6:.0f}; {found['loaded']:.2f}, {found['touched']:.1f}"
+              + ("   TOO MUCH OR WRONG" if bad else ""))
+    return status
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--path", type=Path, help="where to write the file (default: a temporary folder)")
+    add("--gigabytes", type=float, default=4.2, help="size of the file (default: %(default)s)")
+    add("--keep", action="store_true", help="leave the file there (default: delete it)")
+    add("--load", nargs=2, metavar=("PATH", "DTYPE"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
     if args.load:
         print(json.dumps(load_here(Path(args.load[0]), args.load[1])))
         return 0
@@ -108,25 +136,6 @@ def main(arguments: list[str] | None = None) -> int:
         finally:
             if not args.keep:
                 path.unlink(missing_ok=True)
-
-
-def report(path: Path, gigabytes: float) -> int:
-    start = time.perf_counter()
-    size, used = write_large(path, gigabytes)
-    print(f"file      {size / 1e6:8.0f} MB, written in {time.perf_counter() - start:.0f} s")
-    print(f"used part {used / 1e6:8.0f} MB ({used / size:.0%}), limit {LIMIT * used / 1e6:.0f} MB")
-    print(f"{'dtype':10s}{'baseline':>9s}{'peak':>7s}{'cost':>7s}{'of used part':>14s}   at the end: file, anonymous;"
-          " seconds to load, to touch")
-    status = 0
-    for dtype in ("None", "bfloat16", "float32"):
-        found = load_in_fresh_process(path, dtype)
-        cost = found["peak"] - found["baseline"]
-        bad = found["zeros"] or not found["finite"] or (dtype != "float32" and cost > LIMIT * used)
-        status |= int(bool(bad))
-        print(f"{dtype:10s}{found['baseline'] / 1e6:9.0f}{found['peak'] / 1e6:7.0f}{cost / 1e6:7.0f}{cost / used:14.3f}"
-              f"   {found['file'] / 1e6:.0f}, {found['anonymous'] / 1e6:.0f}; {found['loaded']:.2f},"
-              f" {found['touched']:.1f}" + ("   TOO MUCH OR WRONG" if bad else ""))
-    return status
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""Names and shapes of the published LTX-2.3 file, at its own widths or at narrow ones, and its configs.
+"""Names and shapes of the published LTX-2.3 file, at its own widths or at narrow ones.
 
-`VIDEO` and the tables after it are the facts that the loaders are tested against: typed here by hand, not made from the
-modules. A row is "name: shape". Braces stand for several names ({a,b} or {0..47}); a row of `LINEARS` or `CONVS` stands
-for name.weight and name.bias.
+`PLAIN` and the tables beside it are the facts that the loaders are tested against: typed here by
+hand, not made from the modules. A row is "name: shape". Braces stand for several names ({a,b} or
+{0..47}); a row of `LINEARS` or `CONVS` stands for name.weight and name.bias. Nothing here runs.
 
-    video()                                       {name: shape} of the video path, full size
-    audio(ltx_config())                           the rest of the file: sound, vocoder, what links them
-    write_official(path, narrow_config())         a whole random checkpoint at narrow widths
+    video()                  {name: shape} of the video path, full size
+    audio(ltx_config())      the rest of the file: sound, vocoder, what links them
+    write_streamed(...)      a file of any size with such names
+
+Read next: bench/load_memory.py
 """
 
 import itertools
@@ -14,76 +16,89 @@ import json
 import math
 import re
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-MODEL, CONNECTOR = "model.diffusion_model.", "model.diffusion_model.video_embeddings_connector."
+MODEL = "model.diffusion_model."
+CONNECTOR = MODEL + "video_embeddings_connector."
 PROJECTION = "text_embedding_projection."
 
 # ------------------------------------------------------------ configs, as in the published header
 
-TRANSFORMER = json.loads("""{
- "_class_name": "AVTransformer3DModel", "num_layers": 48, "num_attention_heads": 32, "attention_head_dim": 128,
- "in_channels": 128, "out_channels": 128, "cross_attention_dim": 4096, "caption_channels": 3840, "norm_eps": 1e-06,
- "activation_fn": "gelu-approximate", "attention_bias": true, "attention_type": "default", "dropout": 0.0,
- "qk_norm": "rms_norm", "standardization_norm": "rms_norm", "norm_elementwise_affine": false, "norm_num_groups": 32,
- "num_embeds_ada_norm": 1000, "num_vector_embeds": null, "only_cross_attention": false, "cross_attention_norm": true,
- "double_self_attention": false, "upcast_attention": false, "use_linear_projection": false, "share_ff": false,
- "positional_embedding_type": "rope", "positional_embedding_theta": 10000.0,
- "positional_embedding_max_pos": [20, 2048, 2048], "use_middle_indices_grid": true,
- "causal_temporal_positioning": true, "rope_type": "split", "frequencies_precision": "float64",
- "timestep_scale_multiplier": 1000, "apply_gated_attention": true, "cross_attention_adaln": true,
- "use_embeddings_connector": true, "connector_num_layers": 8, "connector_num_attention_heads": 32,
- "connector_attention_head_dim": 128, "connector_num_learnable_registers": 128,
- "connector_learnable_registers_std": 1, "connector_positional_embedding_max_pos": [4096],
- "connector_apply_gated_attention": true, "connector_norm_output": true, "caption_proj_before_connector": true,
- "caption_proj_input_norm": false, "caption_projection_first_linear": false,
- "caption_projection_second_linear": false, "text_encoder_norm_type": "per_token_rms",
- "audio_num_attention_heads": 32, "audio_attention_head_dim": 64, "audio_cross_attention_dim": 2048,
- "audio_out_channels": 128, "audio_positional_embedding_max_pos": [20], "audio_connector_num_attention_heads": 32,
- "audio_connector_attention_head_dim": 64, "use_audio_video_cross_attention": true, "av_cross_ada_norm": true,
- "av_ca_timestep_scale_multiplier": 1000.0}""")
+TRANSFORMER = json.loads("""
+{"_class_name": "AVTransformer3DModel", "num_layers": 48, "num_attention_heads": 32,
+ "attention_head_dim": 128, "in_channels": 128, "out_channels": 128, "cross_attention_dim": 4096,
+ "caption_channels": 3840, "norm_eps": 1e-06, "activation_fn": "gelu-approximate",
+ "attention_bias": true, "attention_type": "default", "dropout": 0.0, "qk_norm": "rms_norm",
+ "standardization_norm": "rms_norm", "norm_elementwise_affine": false, "norm_num_groups": 32,
+ "num_embeds_ada_norm": 1000, "num_vector_embeds": null, "only_cross_attention": false,
+ "cross_attention_norm": true, "double_self_attention": false, "upcast_attention": false,
+ "use_linear_projection": false, "share_ff": false, "positional_embedding_type": "rope",
+ "positional_embedding_theta": 10000.0, "positional_embedding_max_pos": [20, 2048, 2048],
+ "use_middle_indices_grid": true, "causal_temporal_positioning": true, "rope_type": "split",
+ "frequencies_precision": "float64", "timestep_scale_multiplier": 1000, "apply_gated_attention":
+ true, "cross_attention_adaln": true, "use_embeddings_connector": true, "connector_num_layers": 8,
+ "connector_num_attention_heads": 32, "connector_attention_head_dim": 128,
+ "connector_num_learnable_registers": 128, "connector_learnable_registers_std": 1,
+ "connector_positional_embedding_max_pos": [4096], "connector_apply_gated_attention": true,
+ "connector_norm_output": true, "caption_proj_before_connector": true, "caption_proj_input_norm":
+ false, "caption_projection_first_linear": false, "caption_projection_second_linear": false,
+ "text_encoder_norm_type": "per_token_rms", "audio_num_attention_heads": 32,
+ "audio_attention_head_dim": 64, "audio_cross_attention_dim": 2048, "audio_out_channels": 128,
+ "audio_positional_embedding_max_pos": [20], "audio_connector_num_attention_heads": 32,
+ "audio_connector_attention_head_dim": 64, "use_audio_video_cross_attention": true,
+ "av_cross_ada_norm": true, "av_ca_timestep_scale_multiplier": 1000.0}""")
 VAE = json.loads("""{
- "_class_name": "CausalVideoAutoencoder", "dims": 3, "in_channels": 3, "out_channels": 3, "latent_channels": 128,
- "patch_size": 4, "norm_layer": "pixel_norm", "latent_log_var": "uniform", "use_quant_conv": false,
- "causal_decoder": false, "timestep_conditioning": false, "normalize_latent_channels": false, "scaling_factor": 1.0,
- "encoder_base_channels": 128, "decoder_base_channels": 128, "spatial_padding_mode": "zeros",
- "encoder_blocks": [["res_x", {"num_layers": 4}], ["compress_space_res", {"multiplier": 2}],
-  ["res_x", {"num_layers": 6}], ["compress_time_res", {"multiplier": 2}], ["res_x", {"num_layers": 4}],
-  ["compress_all_res", {"multiplier": 2}], ["res_x", {"num_layers": 2}], ["compress_all_res", {"multiplier": 1}],
+ "_class_name": "CausalVideoAutoencoder", "dims": 3, "in_channels": 3, "out_channels": 3,
+ "latent_channels": 128, "patch_size": 4, "norm_layer": "pixel_norm", "latent_log_var": "uniform",
+ "use_quant_conv": false, "causal_decoder": false, "timestep_conditioning": false,
+ "normalize_latent_channels": false, "scaling_factor": 1.0, "encoder_base_channels": 128,
+ "decoder_base_channels": 128, "spatial_padding_mode": "zeros",
+ "encoder_blocks": [
+  ["res_x", {"num_layers": 4}], ["compress_space_res", {"multiplier": 2}],
+  ["res_x", {"num_layers": 6}], ["compress_time_res", {"multiplier": 2}],
+  ["res_x", {"num_layers": 4}], ["compress_all_res", {"multiplier": 2}],
+  ["res_x", {"num_layers": 2}], ["compress_all_res", {"multiplier": 1}],
   ["res_x", {"num_layers": 2}]],
- "decoder_blocks": [["res_x", {"num_layers": 4}], ["compress_space", {"multiplier": 2}],
-  ["res_x", {"num_layers": 6}], ["compress_time", {"multiplier": 2}], ["res_x", {"num_layers": 4}],
-  ["compress_all", {"multiplier": 1}], ["res_x", {"num_layers": 2}], ["compress_all", {"multiplier": 2}],
+ "decoder_blocks": [
+  ["res_x", {"num_layers": 4}], ["compress_space", {"multiplier": 2}],
+  ["res_x", {"num_layers": 6}], ["compress_time", {"multiplier": 2}],
+  ["res_x", {"num_layers": 4}], ["compress_all", {"multiplier": 1}],
+  ["res_x", {"num_layers": 2}], ["compress_all", {"multiplier": 2}],
   ["res_x", {"num_layers": 2}]]}""")
 # As on the hub: whatever equals the library's defaults is left out.
 GEMMA = json.loads("""{
- "architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "mm_tokens_per_image": 256,
+ "architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3",
+ "mm_tokens_per_image": 256,
  "text_config": {"hidden_size": 3840, "intermediate_size": 15360, "model_type": "gemma3_text",
   "num_attention_heads": 16, "num_hidden_layers": 48, "num_key_value_heads": 8,
   "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024},
  "vision_config": {"hidden_size": 1152, "image_size": 896}}""")
-SCHEDULER = {"_class_name": "RectifiedFlowScheduler", "num_train_timesteps": 1000, "sampler": "LinearQuadratic"}
+SCHEDULER = {"_class_name": "RectifiedFlowScheduler", "num_train_timesteps": 1000,
+             "sampler": "LinearQuadratic"}
 
 
 def ltx_config() -> dict:
-    return {"transformer": TRANSFORMER, "vae": VAE, "audio_vae": {}, "vocoder": {}, "scheduler": SCHEDULER}
+    return {"transformer": TRANSFORMER, "vae": VAE, "audio_vae": {}, "vocoder": {},
+            "scheduler": SCHEDULER}
 
 
-def narrow_config(heads: int = 2, head_dim: int = 16, layers: int = 48, latent: int = 8, base: int = 4) -> dict:
-    """The published config with narrower layers; every name stays (with the default number of layers)."""
+def narrow_config(heads: int = 2, head_dim: int = 16, layers: int = 48, latent: int = 8,
+                  base: int = 4) -> dict:
+    """The published config with narrower layers; with the default layers every name stays."""
     sizes = {"num_layers": layers, "num_attention_heads": heads, "attention_head_dim": head_dim,
              "cross_attention_dim": heads * head_dim, "in_channels": latent, "out_channels": latent,
              "connector_num_attention_heads": heads, "connector_attention_head_dim": head_dim,
              "connector_num_learnable_registers": 8, "audio_num_attention_heads": heads,
-             "audio_attention_head_dim": head_dim // 2, "audio_connector_num_attention_heads": heads,
-             "audio_connector_attention_head_dim": head_dim // 2, "audio_out_channels": latent,
-             "caption_channels": 24}  # fmt: skip
-    vae = {**VAE, "latent_channels": latent, "encoder_base_channels": latent, "decoder_base_channels": base}
+             "audio_attention_head_dim": head_dim // 2, "audio_out_channels": latent,
+             "audio_connector_num_attention_heads": heads,
+             "audio_connector_attention_head_dim": head_dim // 2, "caption_channels": 24}
+    vae = {**VAE, "latent_channels": latent, "encoder_base_channels": latent,
+           "decoder_base_channels": base}
     return {**ltx_config(), "transformer": {**TRANSFORMER, **sizes}, "vae": vae}
 
 
@@ -149,7 +164,8 @@ GEMMA_PLAIN = {
     "layers.{0..47}.self_attn.{q_norm,k_norm}.weight": (256,),
     "layers.{0..47}.mlp.{gate_proj,up_proj}.weight": (15360, 3840),
     "layers.{0..47}.mlp.down_proj.weight": (3840, 15360),
-    "layers.{0..47}.{input,post_attention,pre_feedforward,post_feedforward}_layernorm.weight": (3840,),
+    "layers.{0..47}.{input,post_attention}_layernorm.weight": (3840,),
+    "layers.{0..47}.{pre_feedforward,post_feedforward}_layernorm.weight": (3840,),
 }
 
 
@@ -168,7 +184,8 @@ def expand(pattern: str) -> list[str]:
     return ["".join(parts) for parts in itertools.product(*choices)]
 
 
-def table(plain: dict, linears: dict | None = None, convs: dict | None = None) -> dict[str, tuple[int, ...]]:
+def table(plain: dict, linears: dict | None = None,
+          convs: dict | None = None) -> dict[str, tuple[int, ...]]:
     """The rows of the tables, written out: {name: shape}."""
     rows = {name: shape for pattern, shape in plain.items() for name in expand(pattern)}
     for several, kernel in ((linears or {}, ()), (convs or {}, (3, 3, 3))):
@@ -187,8 +204,8 @@ def video() -> dict[str, tuple[int, ...]]:
 
 def _attention(name: str, width: int, heads: int, inner: int, context: int) -> dict:
     """width: of the queries' side and of the output; context: of the keys' side."""
-    linears = {"to_q": (inner, width), "to_k": (inner, context), "to_v": (inner, context), "to_out.0": (width, inner),
-               "to_gate_logits": (heads, width)}  # fmt: skip
+    linears = {"to_q": (inner, width), "to_k": (inner, context), "to_v": (inner, context),
+               "to_out.0": (width, inner), "to_gate_logits": (heads, width)}
     rows = table({}, {f"{name}.{part}": shape for part, shape in linears.items()})
     return rows | {f"{name}.{part}.weight": (inner,) for part in ("q_norm", "k_norm")}
 
@@ -200,29 +217,37 @@ def _modulation(name: str, width: int, rows: int) -> dict:
 
 
 def _ff(name: str, width: int) -> dict:
-    return table({}, {name + ".net.0.proj": (4 * width, width), name + ".net.2": (width, 4 * width)})
+    linears = {name + ".net.0.proj": (4 * width, width), name + ".net.2": (width, 4 * width)}
+    return table({}, linears)
 
 
 def audio(config: dict) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the file that the video path does not use (VAE and vocoder of the sound: a few stand for all)."""
+    """Every tensor of the file that the video path does not use.
+
+    Of the sound's VAE and vocoder a few stand for all.
+    """
     c = config["transformer"]
     heads, V = c["audio_num_attention_heads"], c["num_attention_heads"] * c["attention_head_dim"]
     A = heads * c["audio_attention_head_dim"]
     states, C = c["caption_channels"] * 49, c["audio_out_channels"]
     rows = table({MODEL + "audio_scale_shift_table": (2, A)},
                  {MODEL + "audio_patchify_proj": (A, C), MODEL + "audio_proj_out": (C, A),
-                  PROJECTION + "audio_aggregate_embed": (A, states)})  # fmt: skip
-    for name, width, count in (("audio_adaln_single", A, 9), ("audio_prompt_adaln_single", A, 2),
-                               ("av_ca_video_scale_shift_adaln_single", V, 4), ("av_ca_a2v_gate_adaln_single", V, 1),
-                               ("av_ca_audio_scale_shift_adaln_single", A, 4), ("av_ca_v2a_gate_adaln_single", A, 1)):
+                  PROJECTION + "audio_aggregate_embed": (A, states)})
+    for name, width, count in (
+            ("audio_adaln_single", A, 9), ("audio_prompt_adaln_single", A, 2),
+            ("av_ca_video_scale_shift_adaln_single", V, 4), ("av_ca_a2v_gate_adaln_single", V, 1),
+            ("av_ca_audio_scale_shift_adaln_single", A, 4), ("av_ca_v2a_gate_adaln_single", A, 1)):
         rows |= _modulation(MODEL + name, width, count)
     for i in range(c["num_layers"]):
         block = f"{MODEL}transformer_blocks.{i}."
-        rows |= {block + "audio_scale_shift_table": (9, A), block + "audio_prompt_scale_shift_table": (2, A),
-                 block + "scale_shift_table_a2v_ca_audio": (5, A), block + "scale_shift_table_a2v_ca_video": (5, V)}
-        rows |= _attention(block + "audio_attn1", A, heads, A, A) | _attention(block + "audio_attn2", A, heads, A, A)
-        rows |= _attention(block + "audio_to_video_attn", V, heads, A, A) | _ff(block + "audio_ff", A)
-        rows |= _attention(block + "video_to_audio_attn", A, heads, A, V)
+        rows |= {block + "audio_scale_shift_table": (9, A),
+                 block + "audio_prompt_scale_shift_table": (2, A),
+                 block + "scale_shift_table_a2v_ca_audio": (5, A),
+                 block + "scale_shift_table_a2v_ca_video": (5, V)}
+        for name, width, context in (("audio_attn1", A, A), ("audio_attn2", A, A),
+                                     ("audio_to_video_attn", V, A), ("video_to_audio_attn", A, V)):
+            rows |= _attention(block + name, width, heads, A, context)
+        rows |= _ff(block + "audio_ff", A)
     connector = MODEL + "audio_embeddings_connector."
     rows[connector + "learnable_registers"] = (c["connector_num_learnable_registers"], A)
     for i in range(c["connector_num_layers"]):
@@ -232,8 +257,9 @@ def audio(config: dict) -> dict[str, tuple[int, ...]]:
     rows |= {f"vae.per_channel_statistics.{name}": (c["in_channels"],) for name in statistics}
     rows |= {"audio_vae.encoder.conv_in.conv.weight": (A, 2, 3, 3),
              "audio_vae.decoder.conv_out.conv.weight": (2, A, 3, 3),
-             "audio_vae.per_channel_statistics.mean-of-means": (C,), "vocoder.conv_pre.weight": (A, 16, 7),
-             "vocoder.ups.0.weight": (A, A, 4), "vocoder.resblocks.0.convs1.0.bias": (A,)}  # fmt: skip
+             "audio_vae.per_channel_statistics.mean-of-means": (C,),
+             "vocoder.conv_pre.weight": (A, 16, 7), "vocoder.ups.0.weight": (A, A, 4),
+             "vocoder.resblocks.0.convs1.0.bias": (A,)}
     return rows
 
 
@@ -250,14 +276,15 @@ def stored_type(name: str) -> torch.dtype:
 
 def random_weights(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {n: torch.randn(s, generator=generator).mul(0.1).to(stored_type(n)) for n, s in shapes.items()}
+    return {name: torch.randn(shape, generator=generator).mul(0.1).to(stored_type(name))
+            for name, shape in shapes.items()}
 
 
-def write_streamed(path: Path, rows: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], metadata: dict[str, str],
-                   pattern: dict[str, np.ndarray]) -> int:
-    """A safetensors file of any size without holding it: each tensor's bytes repeat pattern[name] (else garbage).
+def write_streamed(path: Path, rows: Iterable[tuple[str, torch.dtype, tuple[int, ...]]],
+                   metadata: dict[str, str], pattern: dict[str, np.ndarray]) -> int:
+    """A safetensors file of any size without holding it. Returns the bytes named in `pattern`.
 
-    Returns the number of bytes of the tensors in `pattern`.
+    Each tensor's bytes repeat pattern[name]; without one they are garbage.
     """
     header, end, used = {"__metadata__": metadata}, 0, 0
     for name, dtype, shape in rows:
@@ -269,11 +296,7 @@ def write_streamed(path: Path, rows: Iterable[tuple[str, torch.dtype, tuple[int,
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name, row in itertools.islice(header.items(), 1, None):
-            for piece in _repeat(pattern.get(name, GARBAGE).tobytes(), row["data_offsets"][1] - row["data_offsets"][0]):
-                file.write(piece)
+            piece, (begin, end) = pattern.get(name, GARBAGE).tobytes(), row["data_offsets"]
+            for at in range(begin, end, len(piece)):
+                file.write(piece[: end - at])
     return used
-
-
-def _repeat(piece: bytes, total: int) -> Iterator[bytes]:
-    for begin in range(0, total, len(piece)):
-        yield piece[: total - begin]

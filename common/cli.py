@@ -34,6 +34,11 @@ from common.files import one_line
 MOST_TOLD = 500  # characters of an error line: fits a screen
 
 
+def warn(text: str) -> None:
+    """What works, but perhaps not as hoped: a line that nobody can take for an error."""
+    print(f"warning: {text}", flush=True)
+
+
 class Parser(argparse.ArgumentParser):
     """One line per mistake; argparse alone prints the whole usage first."""
 

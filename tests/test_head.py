@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from clips.cache import load_vae
+from common.seeds import seeded
 from toy import head, world
-from training.run import seeded
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights" / "tiny"
 ACTIONS = torch.arange(len(world.ACTIONS))

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from common.seeds import seeded
 from training.optim import EMA, MuonAdamW, orthogonalize, schedule, split_parameters
-from training.run import seeded
 
 
 @pytest.mark.parametrize("shape", [(12, 40), (40, 12)])

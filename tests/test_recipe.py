@@ -29,12 +29,13 @@ import train
 from bench.clip_world import write_clips
 from clips.dataset import Order, open_manifest
 from clips.face import FaceNet
+from common.seeds import seeded
 from ltx.checkpoint import load_weights, open_file, read_metadata, write_file
 from ltx.lora import load_lora
 from ltx.text import TextEncoder
 from ltx.vae import VideoVAE
 from model import VideoTransformer
-from training.run import load_state, seeded
+from training.run import load_state
 
 ROOT = Path(train.__file__).resolve().parent
 PEOPLE, CLIPS, SEED = 4, 12, 1

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from clips.face import load_facenet
+from common.seeds import seeded
 from toy import world
 from toy.recognisers import check_recogniser, contrastive_loss, degrade, face_views, floats
-from training.run import seeded
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights" / "tiny"
 

@@ -18,8 +18,9 @@ import torch
 from torch import nn
 
 from common.files import atomic_write
+from common.seeds import seeded
 from training.optim import EMA, MuonAdamW, schedule, split_parameters
-from training.run import Run, check_finite, descend, load_state, seeded
+from training.run import Run, check_finite, descend, load_state
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -140,7 +141,8 @@ from torch import nn
 sys.path.insert(0, {root!r})
 torch.set_num_threads(1)
 from training.optim import EMA, MuonAdamW, schedule, split_parameters
-from training.run import Run, descend, seeded
+from common.seeds import seeded
+from training.run import Run, descend
 def slowly(step):
     print("in a step", flush=True)
     time.sleep(0.02)  # long enough to be hit

@@ -33,13 +33,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from common.files import atomic_write
+from common.seeds import seeded
 from ltx.checkpoint import load_weights, open_file, read_metadata
 from ltx.vae import VideoVAE
 from toy import world
 from toy.config import FRAMES, RUNS, SIZE, WEIGHTS
 from toy.recognisers import degrade, floats
 from training.optim import EMA, MuonAdamW, schedule, split_parameters
-from training.run import Run, descend, seeded
+from training.run import Run, descend
 
 POSE_NAMES = ("x", "y", "scale", "yaw", "pitch", "mouth")
 POSE_MIDDLE = (0.0, 0.0, 1.0, 0.0, 0.0, 0.0)

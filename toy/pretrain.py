@@ -42,24 +42,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from clips.cache import load_vae
-from clips.dataset import (
-    Order,
-    WorldClips,
-    cached_world,
-    clip_rows,
-    fresh_world,
-    render_clips,
-    shard_indices,
-)
+from clips.dataset import Order, shard_indices
 from clips.video import save_sheet
 from common.cli import Parser, check_folder, check_ranges, command
 from common.files import atomic_write, sweep
-from denoise import denoise
-from losses import flow_matching_loss
+from common.seeds import seeded
+from guidance import Guidance
+from losses import add_noise, flow_matching_loss
 from ltx.checkpoint import open_file, read_metadata, save_checkpoint
 from ltx.gemma import GemmaTextModel, save_gemma
 from ltx.text import CONNECTOR_PREFIX, EXTRACTOR_PREFIX, Connector, FeatureExtractor, TextEncoder
-from ltx.tokenizer import Tokenizer, train_bpe
+from ltx.tokenizer import Tokenizer
 from ltx.vae import VideoVAE, psnr
 from model import (
     TRANSFORMER_PREFIX,
@@ -69,8 +62,10 @@ from model import (
     training_sigmas,
 )
 from reference import patchify
-from rope import grid_to_positions, video_grid
+from rope import Layout
+from sample import denoise
 from toy import world
+from toy.clips import WorldClips, cached_world, clip_rows, fresh_world, render_clips
 from toy.config import (
     CLIPS,
     DATA,
@@ -88,9 +83,10 @@ from toy.config import (
 )
 from toy.head import head_stage
 from toy.recognisers import recogniser_stage
+from toy.vocabulary import train_bpe
 from toy.world import box_mask
 from training.optim import EMA, KEEP_FROM_MUON, MuonAdamW, schedule, split_parameters
-from training.run import Run, descend, seeded
+from training.run import Run, descend
 
 GEMMA_FILES = ("config.json", "tokenizer.json", "model.safetensors")
 BLOCK = 32  # clips rendered or encoded at a time
@@ -342,8 +338,9 @@ def check_samples(run: Run, model: VideoTransformer, text: TextEncoder, vae: Vid
     noise = torch.randn(8, math.prod(GRID), vae.latent_channels, generator=seeded(12)).to(device)
     sigmas = ltx_sigmas(d["steps"], d["schedule_tokens"])
     with run.ema_weights(), torch.autocast(device, torch.bfloat16):
-        latent = denoise(model, text.encode(prompts), text.encode([""]), None, GRID, FRAME_RATE,
-                         (vae.time_scale, vae.space_scale), sigmas, noise, d["text_scale"])
+        latent = denoise(model, noise, sigmas, text.encode(prompts), text.encode([""]), None,
+                         Layout(*GRID, FRAME_RATE, vae.time_scale, vae.space_scale),
+                         Guidance(d["text_scale"]))
         video = vae.decode(latent).float().cpu()                                    # (8, 3, F, ...)
     save_sheet(run.folder / "sheet.png", [list(v[:, ::2].transpose(0, 1)) for v in video])
 
@@ -356,8 +353,7 @@ def draw_noise(x0: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, 
     u = torch.rand(2, B, generator=g, device=device)
     sigma = training_sigmas(L, normal, u[0], u[1])                                  # (B,)
     noise = torch.randn(x0.shape, generator=g, device=device)
-    s = sigma[:, None, None]
-    return sigma, noise, (1 - s) * x0 + s * noise
+    return sigma, noise, add_noise(x0, noise, sigma)[0]
 
 
 def base_loss(model: VideoTransformer, context: Callable[..., Tensor], words: tuple[Tensor, ...],
@@ -412,7 +408,7 @@ def base_stage(args: argparse.Namespace, device: str) -> None:
     context, words = (kept_text if args.keep_text else learning_text)(text, data)
     optimizer = MuonAdamW(*split_parameters(named, KEEP_FROM_MUON), lr_matrix=3e-3, lr_other=1e-3)
     run = Run(RUNS / ("base_keep_text" if args.keep_text else "base"), named, optimizer, EMA(named))
-    positions = grid_to_positions(video_grid(*GRID), FRAME_RATE, 4, 8)              # (3, L, 2)
+    positions = Layout(*GRID, FRAME_RATE, 4, 8).video_positions()                   # (3, L, 2)
     positions = positions.expand(args.batch, -1, -1, -1).to(device)
     loss_fn = torch.compile(base_loss) if args.compile else base_loss
     order = Order(data.groups, args.batch * run.world, args.seed)

@@ -32,11 +32,12 @@ from torch import Tensor, nn
 
 from clips.face import FaceNet, square
 from common.files import atomic_write
+from common.seeds import seeded
 from losses import crop_faces
 from toy import world
 from toy.config import FRAMES, RUNS, SIZE
 from training.optim import EMA, MuonAdamW, schedule, split_parameters
-from training.run import Run, descend, seeded
+from training.run import Run, descend
 
 
 def degrade(pictures: Tensor, generator: torch.Generator) -> Tensor:

@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
 import signal
 import sys
 import threading
@@ -62,12 +61,6 @@ def load_state(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """Inverse of `save_state`."""
     with safe_open(path, "pt") as f:
         return {k: f.get_tensor(k) for k in f.keys()}, parse_json(f.metadata()["info"])
-
-
-def seeded(*numbers: int, device: str = "cpu") -> torch.Generator:
-    """A generator that depends on all `numbers` (seed, step, place ...): nothing to save."""
-    seed = random.Random(repr(numbers)).getrandbits(63)
-    return torch.Generator(device=device).manual_seed(seed)
 
 
 def memory_gb() -> float:

@@ -9,7 +9,7 @@ our reading: all of it; ST-DRC (arXiv 2606.02441) shows no training curves. Drop
 augmentation are off; guidance is that of the checkpoint's config, otherwise LTX-2.3's.
 
 Conventions. Averaged weights, those that will be shipped. `clips` are what training reads:
-RealClips, or the toy world's clips, which have the same `groups`, `batch` and `names`. With
+ClipSource, or the toy world's clips, which have the same `groups`, `batch` and `names`. With
 several processes all of them compute, and rank 0 writes.
 
     validate(run, clips, 4, True, compute, sample)  # -> log.jsonl, sheet.png, curves.png
@@ -25,21 +25,24 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from clips.dataset import RealClips
+from clips.dataset import ClipSource
 from clips.video import picks, save_sheet
-from denoise import INFERENCE, denoise
+from common.seeds import seeded
+from ltx.load import INFERENCE, guidance_from
 from ltx.vae import VideoVAE
 from model import VideoTransformer, ltx_sigmas
 from reference import encode_reference
+from rope import Layout
+from sample import denoise
 from training import plot
-from training.run import Run, check_finite, seeded
+from training.run import Run, check_finite
 
 LOOKS = 4   # times that every clip is looked at, each with other noise
 SHOWN = 4   # clips on the sheet
 
 
 @torch.no_grad()
-def validate(run: Run, clips: RealClips, size: int, held_out: bool, compute: Callable,
+def validate(run: Run, clips: ClipSource, size: int, held_out: bool, compute: Callable,
              sample: Callable) -> None:
     """Log the losses of `clips` when they are held out, and write the pictures.
 
@@ -71,7 +74,7 @@ def draw_curves(run: Run) -> None:
             print(f"warning: {error}", file=sys.stderr)
 
 
-def validation_loss(clips: RealClips, size: int, compute: Callable, step: int) -> dict[str, float]:
+def validation_loss(clips: ClipSource, size: int, compute: Callable, step: int) -> dict[str, float]:
     """val_fm and, when a face is known in any clip, val_face: means over clips and LOOKS.
 
     Raises ValueError naming step, loss and clips when one is not finite.
@@ -90,7 +93,7 @@ def validation_loss(clips: RealClips, size: int, compute: Callable, step: int) -
     return {name: (s / n).item() for name, s, n in zip(names, sums, counts, strict=True) if n}
 
 
-def sample_clips(clips: RealClips, indices: list[int], config: dict, model: VideoTransformer,
+def sample_clips(clips: ClipSource, indices: list[int], config: dict, model: VideoTransformer,
                  vae: VideoVAE, placement: str, precision: str = "bf16") -> list[list[Tensor]]:
     """A row of pictures (3, h, w) for each clip: its reference, then frames of the video made."""
     device = next(vae.parameters()).device.type
@@ -101,11 +104,10 @@ def sample_clips(clips: RealClips, indices: list[int], config: dict, model: Vide
     sigmas = ltx_sigmas(defaults["steps"], defaults["schedule_tokens"])
     with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
         tokens = encode_reference(vae.encode, batch.reference.to(device)).float()   # (B, R, C)
-        latent = denoise(model, batch.context.to(device), clips.null_context[None].to(device),
-                         tokens, batch.grid, batch.frame_rate,
-                         (vae.time_scale, vae.space_scale), sigmas, noise.to(device),
-                         defaults["text_scale"], defaults["ref_scale"], placement=placement,
-                         guide_range=defaults["guide_range"], guide_every=defaults["guide_every"])
+        scales = batch.frame_rate, vae.time_scale, vae.space_scale
+        latent = denoise(model, noise.to(device), sigmas, batch.context.to(device),
+                         clips.null_context[None].to(device), tokens,
+                         Layout(*batch.grid, *scales, placement), guidance_from(defaults))
         videos = [vae.decode(z[None])[0].float().cpu() for z in latent]             # (3, F, h, w)
     return [[picture, *(video[:, t] for t in picks(video.shape[1]))]
             for picture, video in zip(batch.reference, videos, strict=True)]

@@ -280,6 +280,14 @@ def load_weights(
     return module
 
 
+def finite(numbers: Tensor, source: str,
+           do: str = "use --dtype float32, or download the weights again") -> Tensor:
+    """Numbers as they are; a damaged file shows where it is used and not later, in the picture."""
+    if not numbers.isfinite().all():
+        raise refusal(f"finite numbers from {source}", "NaN or infinity", do)
+    return numbers
+
+
 # ------------------------------------------------------------ writing
 
 

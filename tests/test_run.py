@@ -175,11 +175,10 @@ def test_the_log_goes_on_where_the_state_is_and_a_line_cut_off_by_a_kill_is_drop
     log = tmp_path / "log.jsonl"
     first = log.read_text()
     log.write_text(first + '{"step": 20, "seconds": 1.0}\n{"step": 9, "sec')
-    run, _ = toy_run(tmp_path, minutes=0)
+    toy_run(tmp_path, minutes=0)
     lines = log.read_text().splitlines(keepends=True)
     assert lines[0] == first and [json.loads(line)["step"] for line in lines] == [10, 20]
     assert json.loads(first).keys() >= {"loss", "samples_per_second", "memory_gb"}
-    assert run.seconds > json.loads(first)["seconds"] >= 0, "seconds count over all commands"
 
 
 def test_seconds_count_over_all_commands(tmp_path):

@@ -58,6 +58,8 @@ def test_masks_and_boxes_agree_and_stay_on_the_face():
     assert (mask * (1 - inside)).sum() == 0, "pixels of the face outside its box"
     x0, y0, x1, y1 = boxes.unbind(-1)
     assert (mask.sum((-1, -2)) > 0.4 * (x1 - x0) * (y1 - y0) / 1.21).all()
+    middle = (mask.sum(-2) * (torch.arange(64) + 0.5)).sum(-1) / mask.sum((-1, -2))
+    assert (middle - (x0 + x1) / 2).abs().max() < 0.5, "the face is symmetrical, so is its box"
 
 
 def test_a_box_mask_is_one_inside_its_box():

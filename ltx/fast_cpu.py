@@ -13,7 +13,7 @@ Conventions. Off: leave it out. On a GPU it does nothing. Arguments are PyTorch'
     with FastCPU():
         velocity = transformer(...)
 
-Read next: ltx/offload.py
+Read next: ltx/plan.py
 """
 
 import itertools

@@ -21,7 +21,7 @@ our reading: all scores, rows and levels of chance.
     python -m study.evaluate --tables evaluate.json    the tables again, from the file alone
     python -m study.evaluate --videos FOLDER --ref face.jpg --face arcface.safetensors    your own
 
-Read next: study/ablate.py
+Read next: study/results.py
 """
 
 import argparse

@@ -291,15 +291,6 @@ def finite(numbers: Tensor, source: str,
 # ------------------------------------------------------------ writing
 
 
-def finite(numbers: Tensor, source: str,
-           advice: str = "use --dtype float32, or download the weights again") -> Tensor:
-    """Numbers as they are, or ValueError: a damaged file shows where its part is used, and not an
-    hour later, in the picture."""
-    if not numbers.isfinite().all():
-        raise ValueError(f"expected finite numbers from {source}, got NaN or infinity; {advice}")
-    return numbers
-
-
 def save_checkpoint(path: str | os.PathLike, tensors: dict[str, Tensor], config: dict,
                     metadata: dict[str, str] | None = None) -> None:
     """Write one file of LTX-2.3's form: named tensors, the config as JSON in the header.

@@ -36,7 +36,7 @@ def commands(text: str) -> list[str]:
 
 def program(command: str) -> tuple[str, list[str]] | None:
     """The file of ours that a command calls, and its arguments."""
-    words = shlex.split(command, comments=True)
+    words = shlex.split(re.split(r"\s{3,}", command)[0], comments=True)  # remarks stand apart
     for i, word in enumerate(words):
         if word == "-m" and words[i + 1] != "pytest":
             name = words[i + 1].replace(".", "/")
@@ -115,7 +115,8 @@ def test_flags_files_and_pictures_that_are_named_exist():
 
 
 def test_the_table_of_components_names_functions_and_tests_that_exist():
-    rows = re.findall(r"^\| [^|]+ \| ((?:`\w+\.py`(?:, )?)+) \| ([^|]+) \| ([^|]+) \|", README, re.M)
+    files = r"((?:`\w+\.py`(?:, )?)+)"
+    rows = re.findall(rf"^\| [^|]+ \| {files} \| ([^|]+) \| ([^|]+) \|", README, re.M)
     assert len(rows) >= 7
     for files, functions, tests in rows:
         trees = [ast.parse((ROOT / f).read_text(encoding="utf-8"))
@@ -123,7 +124,8 @@ def test_the_table_of_components_names_functions_and_tests_that_exist():
         defined = {node.name for tree in trees for node in tree.body if hasattr(node, "name")}
         named = set(re.findall(r"`(\w+)`", functions))
         assert named and named <= defined, (files, named - defined)
-        told = [(ROOT / t).read_text(encoding="utf-8") for t in re.findall(r"`(tests/\w+\.py)`", tests)]
+        told = [(ROOT / t).read_text(encoding="utf-8")
+                for t in re.findall(r"`(tests/\w+\.py)`", tests)]
         assert told and all(any(re.search(rf"\b{n}\b", text) for text in told) for n in named)
 
 

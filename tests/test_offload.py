@@ -5,7 +5,9 @@ Run: python -m pytest tests/test_offload.py
 """
 
 import copy
+import itertools
 import threading
+import time
 import weakref
 from pathlib import Path
 
@@ -129,14 +131,12 @@ class Counted:
 def test_at_most_two_blocks_have_weights_and_the_next_is_read_ahead():
     load = Counted()
     stream = BlockStream(6, load)
-    for _ in range(2):
-        for i, block in enumerate(stream):
-            assert block.weight.item() == i
-            for _ in range(1000):  # the next one is on its way while this one is in use
-                if load.made[-1] == min(i + 1, 5):
-                    break
-                threading.Event().wait(0.005)
-            assert load.made[-1] == min(i + 1, 5)
+    for i, block in enumerate(itertools.chain(stream, stream)):
+        assert block.weight.item() == i % 6
+        ahead, patience = min(i % 6 + 1, 5), 1000
+        while load.made[-1] != ahead and (patience := patience - 1):
+            time.sleep(0.005)
+        assert load.made[-1] == ahead, "on its way while the one before is in use"
     assert len(stream) == 6 and load.made == [*range(6), *range(6)]
     assert load.most == 2, f"{load.most} blocks had weights at once"
 
@@ -258,10 +258,8 @@ def test_float8_stays_within_its_bounds_and_its_error():
         assert found == [1.0, 448, 448, 448, 448, -448, -448, 2**-9, 0]
     assert to_float8(torch.tensor([torch.nan])).isnan().all(), "damage stays visible"
     weight = torch.randn(100_000)
-    weight = weight[weight.abs() >= 2**-6]  # below, float8_e4m3fn has fixed steps of 2^-9
-    error = (to_float8(weight).float() - weight) / weight
-    assert error.abs().max() <= 1 / 16
-    assert 0.02 < error.square().mean().sqrt() < 0.03
+    error = (to_float8(weight).float() - weight)[weight.abs() > 0.1] / weight[weight.abs() > 0.1]
+    assert error.abs().max() <= 1 / 16 and 0.02 < error.square().mean().sqrt() < 0.03
 
 
 @torch.no_grad()

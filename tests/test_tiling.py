@@ -199,32 +199,6 @@ def test_memory_is_that_of_a_tile_and_not_of_the_video():
 # ------------------------------------------------------------ error and seams
 
 
-@pytest.fixture(scope="module")
-def portrait():
-    """The bundled VAE and a clip of 17 frames, 128x192, of a person: latent (1, 128, 5, 16, 24)."""
-    vae, g = VideoVAE.load(BUNDLED, dtype=torch.float32), torch.Generator().manual_seed(7)
-    person, setting = world.people("val", 1), world.draw_settings(1, g)
-    poses = world.action_poses(torch.zeros(1, dtype=torch.long), 17, g)
-    video = world.render(person, setting, poses, 192)[0][:, :, :, 32:160]
-    with torch.no_grad():
-        latent = vae.encode(video)
-        return vae, latent, vae.decode(latent)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("tiling, largest, mean, decibels", [
-    (Tiling(64, 16, 0, 0), 0.40, 0.019, 37.0),    # LTX-2.3's 2 cells; measured 0.363, 0.0171, 37.5
-    (Tiling(96, 32, 8, 4), 0.46, 0.0100, 40.4)])  # measured 0.426, 0.0090, 40.9
-def test_tiled_frames_are_within_the_stated_error_of_untiled_ones(
-        tiling, largest, mean, decibels, portrait):
-    """Bundled VAE, pixels in [-1, 1]; untiled against the clip itself: 36.8 dB."""
-    vae, latent, untiled = portrait
-    tiled = joined(vae.decode_tiles(latent, tiling))
-    error = (tiled - untiled).abs()
-    found = error.max().item(), error.mean().item(), psnr(tiled, untiled).item()
-    assert 0 < found[0] < largest and found[1] < mean and found[2] > decibels, found
-
-
 def jump_ratio(vae: VideoVAE, latent: torch.Tensor, tiling: Tiling, untiled: torch.Tensor) -> float:
     """Mean jump from pixel to pixel, tiled / untiled, at the worst row or column of a fade."""
     tiled, worst = joined(vae.decode_tiles(latent, tiling)), 0.0
@@ -238,10 +212,17 @@ def jump_ratio(vae: VideoVAE, latent: torch.Tensor, tiling: Tiling, untiled: tor
 
 
 @torch.no_grad()
-def test_no_border_of_tiles_shows_and_a_plain_cut_would(portrait, monkeypatch):
-    """Measured, tiled / untiled: 2.00 with 16 px shared, 1.16 with 32 px; cut or averaged: 5 up."""
-    vae, latent, untiled = portrait
-    latent, untiled = latent[:, :, :2], vae.decode(latent[:, :, :2])  # five frames show it
+def test_no_border_of_tiles_shows_and_a_plain_cut_would(monkeypatch):
+    """Bundled VAE, a person in five frames of 128x192. Measured, tiled / untiled: 2.00 with 16 px
+    shared, 1.16 with 32 px; cut or averaged: 5 and more."""
+    vae, g = VideoVAE.load(BUNDLED, dtype=torch.float32), torch.Generator().manual_seed(7)
+    person, setting = world.people("val", 1), world.draw_settings(1, g)
+    poses = world.action_poses(torch.zeros(1, dtype=torch.long), 17, g)[:, :5]
+    video = world.render(person, setting, poses, 192)[0][:, :, :, 32:160]
+    latent = vae.encode(video)                                           # (1, 128, 2, 16, 24)
+    untiled = vae.decode(latent)
+    tiled = joined(vae.decode_tiles(latent, Tiling(64, 16, 0, 0)))
+    assert psnr(tiled, untiled) > 36, "a tile's outer cells do not see their neighbours"
     assert jump_ratio(vae, latent, Tiling(64, 16, 0, 0), untiled) < 2.5
     assert jump_ratio(vae, latent, Tiling(96, 32, 0, 0), untiled) < 1.5
     for keep in (lambda tile, k: k >= tile.left, lambda tile, k: k >= 0):

@@ -11,15 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ltx.vae import (
-    VideoVAE,
-    block_list,
-    depth_to_space,
-    patch_pixels,
-    psnr,
-    space_to_depth,
-    unpatch_pixels,
-)
+from ltx.vae import VideoVAE, block_list, psnr
 from toy import world
 
 BUNDLED = Path(__file__).resolve().parents[1] / "weights" / "tiny" / "model.safetensors"
@@ -147,15 +139,6 @@ def test_frames_beyond_the_last_whole_group_are_dropped_and_odd_sizes_refused():
     assert torch.equal(vae.encode(video), vae.encode(longer))
     with pytest.raises(ValueError, match=f"multiples of {s}, got {s + 1}x{s}; "):
         vae.encode(torch.rand(1, 3, 1, s + 1, s))
-
-
-def test_folding_pixels_into_channels_loses_nothing_and_columns_come_before_rows_at_the_pixels():
-    video = torch.randn(2, 3, 2, 8, 12)
-    assert torch.equal(unpatch_pixels(patch_pixels(video, 4), 4), video)
-    assert torch.equal(depth_to_space(space_to_depth(video, (2, 2, 3)), (2, 2, 3)), video)
-    for row, column, channel in ((1, 0, 1), (0, 1, 4), (3, 2, 11)):  # channel = 4 * column + row
-        folded = patch_pixels(video, 4)[:, channel]
-        assert torch.equal(folded, video[:, 0, :, row::4, column::4])
 
 
 def test_decibels_of_a_known_error():

@@ -296,7 +296,7 @@ class Block(nn.Module):
     ) -> Tensor:
         # torch.addcmul(x, gate, y) is x + gate * y in one pass. Three rows at a time: at full size
         # nine rows for every token would be half a gigabyte.
-        shift, scale, gate = levels.of(self.scale_shift_table, 0, 3)      # (B, S, D), or (1, D) each
+        shift, scale, gate = levels.of(self.scale_shift_table, 0, 3)  # (B, S, D), or (1, D) each
         h = modulate(x, shift, scale, self.eps)                           # (B, S, D)
         h = self.attn1(h, rotary=rotary, bias=bias, skip=skip)            # (B, S, D)
         x = torch.addcmul(x, gate, h)

@@ -144,7 +144,7 @@ def encode_prompts(args: argparse.Namespace) -> Sequence[Tensor]:
 def encode_face(args: argparse.Namespace, canvas: Tensor, floor: float | None
                 ) -> tuple[Tensor, float]:
     """Reference tokens (1, R, C) and how well the VAE redraws them, in dB."""
-    vae = VideoVAE.load(args.checkpoint_path, args.torch_dtype, args.device)
+    vae = VideoVAE.load(args.checkpoint_path, args.device, args.torch_dtype)
     picture = canvas.to(args.device, args.torch_dtype)                    # (1, 3, h, w)
     reference = finite(encode_reference(vae.encode, picture), "the VAE's encoder")      # (1, R, C)
     seen = vae.decode(unpatchify(reference, 1, args.layout.H, args.layout.W))
@@ -159,7 +159,7 @@ def encode_face(args: argparse.Namespace, canvas: Tensor, floor: float | None
 
 def generate(args: argparse.Namespace, contexts: Sequence[Tensor], reference: Tensor) -> Tensor:
     """Latent video (1, C, F, H, W)."""
-    transformer = load_transformer(args.checkpoint_path, args.torch_dtype, args.device, args.lora,
+    transformer = load_transformer(args.checkpoint_path, args.device, args.torch_dtype, args.lora,
                                    args.quantization, args.offload)
     layout, g = args.layout, torch.Generator().manual_seed(args.seed)
     tokens = layout.F * layout.H * layout.W
@@ -176,7 +176,7 @@ def generate(args: argparse.Namespace, contexts: Sequence[Tensor], reference: Te
 
 def decode(args: argparse.Namespace, latent: Tensor) -> Iterator[Tensor]:
     """Runs of finished frames (3, f, h, w), each made when it is asked for."""
-    vae = VideoVAE.load(args.checkpoint_path, args.torch_dtype, args.device)
+    vae = VideoVAE.load(args.checkpoint_path, args.device, args.torch_dtype)
     for frames in vae.decode_tiles(latent.to(args.torch_dtype)):
         frames = frames[0]
         yield frames

@@ -22,7 +22,7 @@ our reading: every other number; most are explained at their line.
 The default is a LoRA; --full trains every weight of the transformer. The same command resumes a
 stopped run. Conventions. sigma 1 = noise, 0 = data; a weight of 0 switches a loss off.
 
-Read next: ltx/checkpoint.py
+Read next: common/files.py
 """
 
 from __future__ import annotations
@@ -109,6 +109,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--accumulate", type=int, default=1, help="batches of each process in one step")
     # LTX-2.3: 2e-4 for its in-context LoRA. our reading: the others
     add("--lr", type=float, help="default 2e-4; with --full 1e-5, with Muon 1e-3, 3e-3 on matrices")
+    add("--final-lr", type=float, help="factor at the end; default 0.1 (LTX-2.3), with Muon 0")
     add("--optimizer", choices=["adamw", "muon"], default="adamw",
         help="LTX-2.3: AdamW. Muon (training/optim.py) needs --full")
     add("--precision", choices=["bf16", "fp32"], default="bf16", help="LTX-2.3: bf16 mixed")
@@ -140,7 +141,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     """Raise ValueError for what would otherwise be found out after an hour of encoding clips."""
     ranges = dict.fromkeys(("steps", "validate_every"), (1, 1e9))
     ranges |= dict.fromkeys(("batch", "accumulate", "rank"), (1, 4096))
-    ranges |= dict.fromkeys(("drop_ref", "drop_both", "drop_text"), (0, 1))
+    ranges |= dict.fromkeys(("drop_ref", "drop_both", "drop_text", "final_lr"), (0, 1))
     ranges |= dict.fromkeys(("augment_color", "augment_pose", "augment_layout"), (0, 2))
     ranges |= dict.fromkeys(("w_face", "w_id", "minutes", "save_seconds", "seed"), (0, 2**63 - 1))
     check_ranges(args, ranges | dict.fromkeys(("frame_rate", "lr"), (1e-12, 1e6)))
@@ -185,9 +186,10 @@ def make_optimizer(args: argparse.Namespace, named: dict[str, nn.Parameter]) -> 
 
 
 def rate(args: argparse.Namespace, step: int) -> float:
-    """The learning rate's factor. LTX-2.3: falls linearly to a tenth; Muon: at the end to 0."""
+    """The learning rate's factor. LTX-2.3: falls linearly; our reading: with Muon in the end."""
     decay, final = (0.5, 0.0) if args.optimizer == "muon" else (1.0, 0.1)
-    return schedule(step, args.steps, WARMUP, decay, final)
+    return schedule(step, args.steps, WARMUP, decay,
+                    final if args.final_lr is None else args.final_lr)
 
 
 # ------------------------------------------------------------ what is random in a step
@@ -372,7 +374,7 @@ def train(args: argparse.Namespace) -> None:
         torch.set_flush_denormal(True)
     torch.manual_seed(args.seed)
     config = read_metadata(args.checkpoint)["config"]
-    vae = VideoVAE.load(args.checkpoint, torch.float32, device).requires_grad_(False)
+    vae = VideoVAE.load(args.checkpoint, device, torch.float32).requires_grad_(False)
     net = load_facenet(args.face, device) if args.w_id > 0 else None
     data, shown, held_out = open_data(args, vae, device, rank, world_size)
     sharded = args.parallel == "fsdp" and can_shard()

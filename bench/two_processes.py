@@ -30,8 +30,7 @@ WAYS = {"one process, 2 + 2 clips": (ONE, *HALVES),
 
 
 def train(out: Path, launcher: list[str], *flags: object) -> None:
-    words = [*launcher, *train_words(out.parent, out), "--precision", "fp32", "--warmup", 2,
-             "--final-lr", 1, *flags]
+    words = [*launcher, *train_words(out.parent, out), "--precision", "fp32", "--final-lr", 1, *flags]
     done = subprocess.run(list(map(str, words)), cwd=ROOT, text=True, capture_output=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     if done.returncode:
@@ -62,7 +61,7 @@ def show(name: str, folder: Path, out: Path, steps: int) -> float:
 def main() -> int:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("folder", type=Path)
-    p.add_argument("--steps", type=int, default=20)
+    p.add_argument("--steps", type=int, default=20, help="a multiple of 20, as logs have lines")
     args = p.parse_args()
     folder, steps, half = args.folder.resolve(), args.steps, args.steps // 2
     for out in folder.glob("run-*"):

@@ -20,7 +20,7 @@ the clip, or of the reference's canvas; NaN landmarks = none known, `seen` False
     order = Order(data.groups, size=16, seed=0)
     batch = data.batch(order(step), [seeded(0, step, k) for k in range(16)])
 
-Read next: training/optim.py
+Read next: clips/face.py
 """
 
 from __future__ import annotations

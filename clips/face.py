@@ -25,7 +25,7 @@ first) are pixels from the frame's outer corner: the first pixel's middle is (0.
     net = load_facenet("net.safetensors")
     embedding = net(faces_of(frames, boxes, landmarks, net.size))  # landmarks=None: by box
 
-Read next: toy/world.py
+Read next: clips/video.py
 """
 
 from __future__ import annotations

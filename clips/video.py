@@ -20,7 +20,7 @@ However frames are divided into runs, the file has the same bytes.
         for frames in vae.decode_tiles(latent, tiling):  # (1, 3, f, h, w)
             writer.add(to_frames(frames[0].float().cpu()))
 
-Read next: clips/face.py
+Read next: training/optim.py
 """
 
 import json

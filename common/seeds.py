@@ -12,7 +12,7 @@ Conventions. Numbers or short strings, whose order counts; the same ones draw th
 
     noise = torch.randn(8, generator=seeded(args.seed, step, place))
 
-Read next: common/cli.py
+Read next: ltx/checkpoint.py
 """
 
 import random

@@ -22,7 +22,7 @@ of another kind is named in one line; a pickle, which can run code, is never ope
         vae = VideoVAE(read_metadata(path)["config"]["vae"])
     load_weights(vae, path, VAE_PREFIX, dtype=torch.bfloat16)     # VideoVAE.load does all this
 
-Read next: ltx/vae.py
+Read next: ltx/wrong_file.py
 """
 
 import json

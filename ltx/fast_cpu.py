@@ -13,7 +13,7 @@ Conventions. Off: leave it out. On a GPU it does nothing. Arguments are PyTorch'
     with FastCPU():
         velocity = transformer(...)
 
-Read next: ltx/offload.py
+Read next: ltx/plan.py
 """
 
 import itertools
@@ -34,9 +34,10 @@ class FastCPU(TorchFunctionMode):
                            kwargs: dict | None = None) -> Any:
         replacement = FASTER.get(func)
         if replacement is not None and args and args[0].device.type == "cpu" and not (
-                torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")
-                or torch.compiler.is_compiling()):
-            func = replacement
+                torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            # Under autocast matrix products are not in the type that their inputs have.
+            if replacement is attention or not torch.is_autocast_enabled("cpu"):
+                func = replacement
         return func(*args, **(kwargs or {}))
 
 

@@ -9,8 +9,8 @@ one byte a number, streamed) stands here alone, for sampling and for evaluation.
 LTX-2.3:     the official defaults of sizes, steps and text scale.
 our reading: the default reference scale; ST-DRC (arXiv 2606.02441) gives no numbers.
 
-    vae = VideoVAE.load(path, dtype=torch.float32)
-    transformer = load_transformer(path, torch.bfloat16, "cuda", [("st-drc.safetensors", 1.0)])
+    vae = VideoVAE.load(path, "cpu", torch.float32)
+    transformer = load_transformer(path, "cuda", torch.bfloat16, [("st-drc.safetensors", 1.0)])
 
 Read next: ltx/options.py
 """
@@ -150,8 +150,8 @@ def check_memory(config: dict, vae: VideoVAE, layout: Layout, dtype: torch.dtype
 
 def load_transformer(
     path: str | os.PathLike,
-    dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
     loras: Sequence[tuple[str | Path, float]] = (),
     quantization: str = "none",
     offload: str = "none",

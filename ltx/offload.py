@@ -24,7 +24,7 @@ blocks. Never .to(dtype) a cast model.
     cast_linears(model.transformer_blocks)                     # optional; model on the meta device
     load_streamed(model, "transformer_blocks", path, TRANSFORMER_PREFIX, dtype, "cuda", "cpu")
 
-Read next: ltx/plan.py
+Read next: ltx/fast_cpu.py
 """
 
 import copy

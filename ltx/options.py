@@ -8,7 +8,7 @@ LTX-2.3:     the names and the official numbers.
 paper:       nothing of this (ST-DRC, arXiv 2606.02441, gives no interface).
 
     args = build_parser().parse_args()
-    resolve_numbers(args, read_inference(config, path), num_layers=48)       # args.guidance is there
+    resolve_numbers(args, read_inference(config, path), num_layers=48)    # fills args.guidance
 
 Read next: clips/frames.py
 """

@@ -19,7 +19,7 @@ Letters. K blocks, D width, h heads, N text tokens, L video and R reference toke
 
     python -m ltx.plan [CHECKPOINT GEMMA_FOLDER]   # without: LTX-2.3; sample.py --plan has sizes
 
-Read next: clips/video.py
+Read next: ltx/load.py
 """
 
 import argparse

@@ -21,7 +21,7 @@ our reading: all scores, rows and levels of chance.
     python -m study.evaluate --tables evaluate.json    the tables again, from the file alone
     python -m study.evaluate --videos FOLDER --ref face.jpg --face arcface.safetensors    your own
 
-Read next: study/ablate.py
+Read next: study/results.py
 """
 
 import argparse
@@ -36,7 +36,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from denoise import denoise
 from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
@@ -131,7 +130,7 @@ class Models:
                              "--videos for those of others")
         self.placement = metadata.get("reference_placement", "tass")
         self.numbers = read_inference(self.config, checkpoint)
-        self.transformer = load_transformer(checkpoint, torch.float32)
+        self.transformer = load_transformer(checkpoint, dtype=torch.float32)
         self.vae = VideoVAE.load(checkpoint, torch.float32)
         self.text = TextEncoder.load(checkpoint, gemma_root, "cpu", torch.float32)
 

@@ -14,7 +14,7 @@ seed has none.
 
     lines, tested, marked = comparison({"overlap": {0: a, 1: b}}, {0: c, 1: d}, ("similarity",))
 
-Read next: docs/exercises.md
+Read next: study/ablate.py
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """A frozen list of one-line faults, and whether the tests notice each of them.
 
-A suite is worth what it catches. Every row of MUTANTS is a mistake that somebody could make in one line; the command
-makes it in a copy of the repository, runs the tests that should notice, and prints which one did. A fault that
-survives is a hole in the suite: write the test, do not touch the row. Not collected by pytest: it takes minutes.
+A suite is worth what it catches. Every row of MUTANTS is a mistake that somebody could make in one
+line; the command makes it in a copy of the repository, runs the tests that should notice, and
+prints which one did. A fault that survives is a hole in the suite: write the test, do not touch
+the row. Not collected by pytest: it takes minutes.
 
     python tests/mutants.py                 all of them, two at a time
     python tests/mutants.py rope losses     those whose file or text contains a word
@@ -650,8 +651,9 @@ def killer(mutant: Mutant) -> str:
         for path in ROOT.iterdir():
             if path.name in ("weights", "examples", "docs"):
                 (folder / path.name).symlink_to(path)
-            elif path.is_dir() and not path.name.startswith(".") and path.name not in ("runs", "data"):
-                shutil.copytree(path, folder / path.name, ignore=shutil.ignore_patterns("__pycache__"))
+            elif path.is_dir() and path.name[0] != "." and path.name not in ("runs", "data"):
+                caches = shutil.ignore_patterns("__pycache__")
+                shutil.copytree(path, folder / path.name, ignore=caches)
             elif path.is_file():
                 shutil.copy(path, folder)
         linked = folder / Path(mutant.file).parts[0]
@@ -661,24 +663,27 @@ def killer(mutant: Mutant) -> str:
         target = folder / mutant.file
         text = target.read_text(encoding="utf-8")
         target.write_text(text.replace(mutant.before, mutant.after), encoding="utf-8")
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider",
-                   *mutant.tests.split()]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header",
+                   "-p", "no:cacheprovider", *mutant.tests.split()]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
         try:
-            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=LIMIT,
-                                  env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"})
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True,
+                                  timeout=LIMIT, env=environment)
         except subprocess.TimeoutExpired:
             return f"(over {LIMIT} s)"
     found = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.M)
     if done.returncode not in (0, 1, 2) or (done.returncode and not found):
-        return f"(pytest ended with {done.returncode}: {(done.stdout + done.stderr).strip()[-200:]!r})"
+        told = (done.stdout + done.stderr).strip()[-200:]
+        return f"(pytest ended with {done.returncode}: {told!r})"
     return found[1] if found else ""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("words", nargs="*", help="only rows whose file, text or tests contain one of them")
-    parser.add_argument("--check", action="store_true", help="run nothing, see whether the rows fit the files")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="(default: %(default)s)")
+    add = parser.add_argument
+    add("words", nargs="*", help="only rows whose file, text or tests contain one of them")
+    add("--check", action="store_true", help="run nothing, see whether the rows fit the files")
+    add("--jobs", type=int, default=os.cpu_count(), help="(default: %(default)s)")
     args = parser.parse_args()
     chosen = [m for m in MUTANTS if not args.words or any(w in " ".join(m) for w in args.words)]
     if wrong := [told for m in chosen if (told := misfit(m))]:
@@ -693,8 +698,10 @@ def main() -> int:
         for mutant, test in zip(chosen, pool.map(killer, chosen), strict=True):
             survived += not test
             cells = (" ".join(text.split()).replace("|", "/") for text in mutant[1:3])
-            print(f"| {mutant.file} | `" + "` | `".join(cells) + f"` | {test or 'NOBODY'} |", flush=True)
-    print(f"\n{len(chosen)} faults, {len(chosen) - survived} killed, {survived} survived, {time.time() - start:.0f} s")
+            line = f"| {mutant.file} | `" + "` | `".join(cells) + f"` | {test or 'NOBODY'} |"
+            print(line, flush=True)
+    print(f"\n{len(chosen)} faults, {len(chosen) - survived} killed, {survived} survived, "
+          f"{time.time() - start:.0f} s")
     return 1 if survived else 0
 
 

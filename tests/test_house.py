@@ -1,4 +1,5 @@
-"""What holds for the house as a whole: which rooms there are, which way imports run, how files look.
+"""What holds for the house as a whole: which rooms there are, which way imports run, how files
+look.
 
 Nothing is run. Hardware: CPU, a second. Run: python -m pytest tests/test_house.py
 """
@@ -28,7 +29,8 @@ EVERYTHING = [*PRODUCT, *(path for room in ("bench", "tests", "examples")
 
 
 def imported(name: str) -> set[str]:
-    """The modules that a file names anywhere, as paths from the root; strangers have no such file."""
+    """The modules that a file names anywhere, as paths from the root; strangers have no such
+    file."""
     found = set()
     for node in ast.walk(TREES[name]):
         if isinstance(node, ast.Import):

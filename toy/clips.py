@@ -18,7 +18,7 @@ Boxes in pixels. Landmarks are not drawn, so they are NaN; a face is seen in eve
     train, validation = open_world(checkpoint, gemma_root, vae, "cpu")
     batch = train.batch([0, 1], [seeded(0, step, place) for place in range(2)])
 
-Read next: toy/pretrain.py
+Read next: toy/vocabulary.py
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ the tiny VAE, which takes 4 frames and 8 x 8 pixels together, the first frame al
 
     latents = torch.zeros(GRID[0] * GRID[1] * GRID[2], 128)
 
-Read next: toy/clips.py
+Read next: toy/world.py
 """
 
 from pathlib import Path

@@ -21,7 +21,7 @@ is about 0.6. Videos are (B, 3, F, h, w) in [-1, 1]; boxes are (x0, y0, x1, y1) 
 
     video, boxes, masks = render(person, setting, action_poses(actions, 9, generator))
 
-Read next: toy/config.py
+Read next: toy/clips.py
 """
 
 from __future__ import annotations

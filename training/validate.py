@@ -14,7 +14,7 @@ several processes all of them compute, and rank 0 writes.
 
     validate(run, clips, 4, True, compute, sample)  # -> log.jsonl, sheet.png, curves.png
 
-Read next: toy/world.py
+Read next: toy/config.py
 """
 
 from __future__ import annotations

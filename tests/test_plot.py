@@ -42,14 +42,12 @@ numbers = st.floats(-1e9, 1e9, allow_subnormal=False)
 
 @settings(deadline=None, max_examples=50)
 @given(numbers, numbers, st.integers(2, 12))
-def test_ticks_are_all_multiples_of_a_round_step_and_labels_read_back_as_them(a, b, count):
+def test_ticks_are_all_multiples_of_a_round_step(a, b, count):
     low, high = min(a, b), max(a, b)
     assume(high - low > 1e-6 * max(abs(low), abs(high)) and high - low > 1e-100)
     found = plot.ticks(low, high, count)
     assert all(low <= t <= high for t in found)
     assert math.floor(count / 2.5 - 1e-6) <= len(found) <= count + 1, "1 to 2.5 times too wide"
-    texts = plot.labels(found)
-    assert [float(text) for text in texts] == pytest.approx(found, rel=1e-9, abs=1e-300)
     if len(found) > 1:
         step = found[1] - found[0]
         power = 10.0 ** math.floor(math.log10(step) + 1e-6)
@@ -58,11 +56,10 @@ def test_ticks_are_all_multiples_of_a_round_step_and_labels_read_back_as_them(a,
         assert found[0] - low < 1.000001 * step and high - found[-1] < 1.000001 * step
 
 
-def test_ticks_are_the_very_numbers_that_their_short_labels_say():
+def test_ticks_are_the_very_numbers_that_their_labels_say():
     assert plot.ticks(0, 1, 10)[:4] == [0.0, 0.1, 0.2, 0.3], "0.3 is not 3 * 0.1"
-    assert plot.labels([0.0, 0.1, 0.2, 0.3]) == ["0", "0.1", "0.2", "0.3"]
-    assert plot.labels([0.0, 5e-5, 1e-4]) == ["0", "5e-5", "1e-4"]
-    assert plot.labels([2e6, 4e6]) == ["2e6", "4e6"]
+    assert plot.log_ticks(-1.2, 1.1) == [0.1, 0.2, 0.5, 1, 2, 5, 10]
+    assert plot.log_ticks(-4, 4) == [1e-4, 1e-2, 1, 1e2, 1e4]
 
 
 # ------------------------------------------------------------ pixels

@@ -137,7 +137,7 @@ MUTANTS: list[Mutant] = [
     Mutant("toy/pretrain.py", "((1 + 2 * mask) * error).mean(dim=clip)",
            "((1 + 2 * mask) * error).sum(dim=clip)",
            "tests/test_pretrain.py::test_a_face_counts_three_times_in_the_vae_loss"),
-    Mutant("toy/pretrain.py", "noise, (1 - s) * x0 + s * noise", "noise, s * x0 + (1 - s) * noise",
+    Mutant("toy/pretrain.py", "add_noise(x0, noise, sigma)[0]", "add_noise(x0, noise, sigma)[1]",
            "tests/test_pretrain.py::test_the_noisy_latent_follows_the_noise_level"),
     Mutant("toy/pretrain.py", '"std-of-means").copy_(z.std(dim=(0, 2, 3, 4)))',
            '"std-of-means").copy_(z.var(dim=(0, 2, 3, 4)))', "tests/test_pretrain.py"),
@@ -167,7 +167,7 @@ MUTANTS: list[Mutant] = [
     Mutant("toy/head.py", "torch.stack(ways)[place % len(ways), place]",
            "torch.stack(ways)[place % 1, place]", "tests/test_head.py"),
     Mutant("toy/head.py", "video.transpose(1, 2).flatten(0, 1)",
-           "video.transpose(0, 2).transpose(1, 2).flatten(0, 1)", "tests/test_head.py"),
+           "video.transpose(0, 2).transpose(1, 2).flatten(0, 1)", "tests/test_scores.py"),
     # ltx: checkpoint, wrong_file, vae, tiling, offload, plan, fast_cpu
     Mutant("ltx/checkpoint.py", "self.start = 8 + length", "self.start = length", LOADING),
     Mutant("ltx/checkpoint.py", "offset=begin - page)", "offset=0)", LOADING),

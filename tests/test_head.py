@@ -1,4 +1,4 @@
-"""The head-pose estimator: what it is trained on, and that the bundled one reads the world's poses.
+"""What the head-pose estimator learns from; what it reads is in test_scores.py.
 
 Hardware: CPU, seconds. Run: python -m pytest tests/test_head.py
 """
@@ -14,7 +14,6 @@ from common.seeds import seeded
 from toy import head, world
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights" / "tiny"
-ACTIONS = torch.arange(len(world.ACTIONS))
 
 
 @pytest.fixture(scope="module")
@@ -29,44 +28,12 @@ def views():
     return head.head_views(world.people("val", 80), vae, seeded(1))
 
 
-# ------------------------------------------------------------ what it reads
-
-
 def test_the_bundled_estimator_reads_poses_and_presence_of_people_it_never_saw(estimator, views):
     pictures, pose, present = views
     out = estimator(pictures)
     error = (out[present, 1:] - pose[present]).abs().mean(0) / torch.tensor(head.POSE_SPREAD)
     assert (error < 0.5).all(), error
     assert ((out[:, 0] > 0) == present).float().mean() > 0.97
-
-
-def test_actions_can_be_read_off_true_poses_and_off_frames(estimator):
-    actions = ACTIONS.repeat(8)
-    poses = world.action_poses(actions, 9, seeded(2))
-    assert torch.equal(head.read_action(poses), actions)
-    setting = world.draw_settings(64, seeded(3))
-    video, _, _ = world.render(world.people("val", 64), setting, poses)
-    found, read = head.read_heads(estimator, video)
-    assert found.shape == (64, 9) and found.all()
-    assert (head.read_action(read) == actions).float().mean() > 0.95
-    assert (read - poses)[..., 3].abs().mean() < 0.1, "frames in their order"
-
-
-def test_a_saved_estimator_loads_whatever_its_widths_and_another_file_is_refused(tmp_path):
-    from safetensors.torch import save_file
-
-    from toy.recognisers import floats
-    net = head.HeadPoseEstimator(widths=(4, 4, 4, 4, 4, 4, 6), hidden=5).eval()
-    save_file(floats(net), tmp_path / "head.safetensors")
-    frames = torch.rand(2, 3, 64, 64)
-    assert torch.equal(head.load_head(tmp_path / "head.safetensors")(frames), net(frames))
-    with pytest.raises(ValueError, match="expected a head-pose estimator in .*face.safetensors"):
-        head.load_head(WEIGHTS / "face.safetensors")
-    with pytest.raises(ValueError, match="the tiny world only"):
-        net(torch.rand(2, 3, 32, 32))
-
-
-# ------------------------------------------------------------ what it learns from
 
 
 def test_a_third_of_the_poses_have_any_mouth_and_all_are_shaken():

@@ -75,16 +75,9 @@ def test_train_and_export_change_the_transformer_alone(made):
     assert head["reference_placement"] == "tass" and head["training_steps"] == "2"
     assert head["config"]["inference"]["reference_psnr_floor"] == 20.0
     assert "reference_placement" not in read_metadata(made / "runs" / "base.safetensors")
-
-
-def test_exported_files_are_those_of_the_bundle_and_can_be_read(made):
-    names = {path.relative_to(BUNDLED) for path in BUNDLED.rglob("*.*")}
-    there = {path.relative_to(made / "weights/tiny") for path in (made / "weights").rglob("*.*")}
-    assert there - {Path("base.safetensors")} == names - {Path("base.safetensors"),
-                                                          Path("head_pose.safetensors")}
-    face, judge = (load_facenet(made / f"weights/tiny/{name}.safetensors", "cpu")
-                   for name in ("face", "eval_encoder"))
-    assert face(torch.zeros(1, 3, 64, 64)).shape == judge(torch.zeros(1, 3, 64, 64)).shape
+    for name in ("face", "eval_encoder"):  # what the stages write can be read
+        net = load_facenet(made / f"weights/tiny/{name}.safetensors", "cpu")
+        assert net(torch.zeros(1, 3, 64, 64)).shape == (1, 128)
     assert {p.name for p in (made / "examples").iterdir()} == {f"{n}.png" for n in config.EXAMPLES}
 
 
@@ -245,10 +238,3 @@ def test_the_noisy_latent_follows_the_noise_level():
     loss = pretrain.base_loss(model, lambda a, b: a - b, (torch.tensor(5.0), torch.tensor(3.0)),
                               x0, noise, noisy, sigma, None)
     assert loss == pytest.approx(4.0)
-
-
-def test_a_new_transformer_says_nothing_and_its_gates_are_half_open():
-    model = pretrain.new_transformer()
-    block = model.transformer_blocks[0]
-    assert block.scale_shift_table.sum(1).tolist() == [0, 0, 96, 0, 0, 96, 0, 0, 96]
-    assert model.proj_out.weight.abs().max() < 0.01 and not model.scale_shift_table.any()

@@ -118,7 +118,8 @@ def runs(bench, tmp_path_factory):  # noqa: F811
     folder = tmp_path_factory.mktemp("runs")
 
     def arguments(name: str, *more: object) -> list[str]:
-        return words(bench, folder / name, "--steps", STEPS, *more, manifest="some-faces")
+        return words(bench, folder / name, "--steps", STEPS, "--lr", "1e-2", *more,
+                     manifest="some-faces")
 
     alone, half, stop = ("--batch", 4), ("--batch", 2), ("--minutes", 0)
     assert command(arguments("one", *alone, *stop)) == 0

@@ -7,20 +7,17 @@ It is *not* the paper: the paper's recipe (train.py) starts from what they have 
     render        clips of the world -> memory map in data/ (CPU only; a GPU renders as it goes)
     vae           the causal video VAE
     encode        clips -> latents in data/ (CPU only)
-    base          text-to-video without any reference: text encoder and transformer together;
-                  --keep-text (of encode, too): with text encoder and VAE of the bundled checkpoint,
-                  so that old and new base differ in the transformer alone
-    face          the recogniser of train.py's identity loss
-    eval_encoder  a second one, which only evaluates                         toy/recognisers.py
+    base          text-to-video without any reference: text encoder and transformer together
+    face          the recogniser of train.py's identity loss              (toy/recognisers.py)
+    eval_encoder  a second one, which only evaluates
     export        what train.py and the stages have made -> weights/tiny
-    head_pose     the head-pose estimator, which only evaluates, on the bundled VAE  toy/head.py
+    head_pose     the head-pose estimator, which only evaluates                  (toy/head.py)
 
 The failure this prevents: weights that nobody can make again. Every stage resumes: the same command
 goes on. our reading: all sizes, lengths and rates; arXiv 2606.02441 starts from the real LTX-2.3.
 
-Conventions. sigma 1 = noise, 0 = data; pictures in [-1, 1]; without --minutes there is no limit.
-
     OMP_NUM_THREADS=1 torchrun --nproc_per_node=2 -m toy.pretrain vae           # two processes
+    python -m toy.pretrain base --keep-text     # with text encoder and VAE of the bundled weights
 
 Read next: toy/recognisers.py
 """

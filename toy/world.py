@@ -12,12 +12,9 @@ who it is, where the face is, what the caption means.
   setting, in the other half in another one. So copying the reference's pixels pays in training
   unless the method stops it: the failure that ST-DRC (arXiv 2606.02441) is about.
 
-our reading: all of it. Left and right are **image** directions: "turns left" moves the nose towards
-the left edge of the picture.
-
-Conventions. Picture coordinates run from -1 to 1, x rightwards, y downwards; the head's half-height
-is about 0.6. Videos are (B, 3, F, h, w) in [-1, 1]; boxes are (x0, y0, x1, y1) in pixels; masks are
-1 on the face, 0 elsewhere. All runs on the device of its inputs: a GPU renders while it trains.
+our reading: all of it. Conventions. Picture coordinates run from -1 to 1, x rightwards, y
+downwards; "turns left" moves the nose towards the left edge of the picture. Videos are (B, 3, F, h,
+w) in [-1, 1]; boxes are (x0, y0, x1, y1) in pixels; masks are 1 on the face.
 
     video, boxes, masks = render(person, setting, action_poses(actions, 9, generator))
 
@@ -31,10 +28,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-TRAITS = ["skin", "skin_hue", "hair_style", "hair_color", "face_width", "jaw", "eye_size",
-          "eye_gap", "eye_color", "brow_size", "brow_angle", "brow_height", "nose_width",
-          "nose_length", "mouth_width", "lip_size", "lip_color", "beard", "glasses",
-          "glasses_color", "eye_tilt", "face_height"]
+TRAITS = ("skin skin_hue hair_style hair_color face_width jaw eye_size eye_gap eye_color brow_size "
+          "brow_angle brow_height nose_width nose_length mouth_width lip_size lip_color beard "
+          "glasses glasses_color eye_tilt face_height").split()
 LOOK_ALIKE_TRAITS = 4  # a look-alike shares the first four: skin and hair
 
 SKIN = [(0.97, 0.82, 0.71), (0.90, 0.70, 0.55), (0.78, 0.56, 0.40), (0.60, 0.40, 0.27),

@@ -3,16 +3,15 @@
 The idea. A training that goes wrong shows it in a curve long before it shows it in a sample. Two
 habits of plotting hide it again: a smoothed line has no spikes, and a line drawn through a hole
 looks like a measurement. Here a long log is drawn as means with a shade from the smallest to the
-largest value, so that the one bad step stays visible, and NaN is a gap.
+largest value, so that the one bad step stays visible, and NaN is a gap. No part of the paper:
+ST-DRC (arXiv 2606.02441) shows no curves.
 
-Source: no part of the paper. log.jsonl holds one JSON object per line: "step", "seconds", numbers.
+Conventions. log.jsonl holds one JSON object per line: "step", "seconds", numbers. What is no
+number, NaN, infinite or at least 1e200 is a gap; on a logarithmic axis so is what is not positive.
+A resumed run logs some steps twice: the later line counts. Lengths in the code are pixels of a
+drawing of twice the size, which is halved at the end: that smooths its lines.
 
-Conventions. Drawn at twice the size and halved, which smooths the lines; lengths inside are pixels
-of the large drawing. What is no int or float, NaN, infinite or at least 1e200 is a gap; on a
-logarithmic axis so is what is not positive. Series that are all named "" have no legend. A resumed
-run logs some steps twice: the later line counts.
-
-    curves({"": read_log("runs/a/log.jsonl")}, "curves.png")
+    curves({"": read_log("runs/a/log.jsonl")}, "curves.png")     # no name, no legend
     python -m training.plot runs/a/log.jsonl runs/b/log.jsonl --out curves.png
 
 Read next: training/validate.py
@@ -73,17 +72,6 @@ def log_ticks(low: float, high: float) -> list[float]:
     every, heads = math.ceil((high - low) / 6), (1, 2, 5) if high - low < 2.5 else (1,)
     powers = [k for k in range(math.floor(low), math.ceil(high) + 1) if k % every == 0]
     return [h * 10.0**k for k in powers for h in heads if low <= k + math.log10(h) <= high]
-
-
-def labels(marks: Sequence[float]) -> list[str]:
-    """A text for each tick, with the fewest digits that tell all of them exactly; 2e-5 if small."""
-    form = "f" if 1e-3 < max(map(abs, marks), default=1) < 1e6 else "e"
-
-    def exact(digits: int) -> bool:
-        return all(math.isclose(float(f"{t:.{digits}{form}}"), t, rel_tol=1e-12) for t in marks)
-    digits = next(filter(exact, range(17)), 17)
-    texts = [f"{t:.{digits}{form}}".split("e") if t else ["0"] for t in marks]
-    return [f"{t[0]}e{int(t[1])}" if len(t) > 1 else t[0] for t in texts]
 
 
 class Axis:
@@ -178,17 +166,17 @@ def draw_axes(draw: ImageDraw.ImageDraw, x: Axis, y: Axis, x_label: str, top: in
     font, (width, height) = ImageFont.load_default(20), size
     y.start, y.end = float(height - 76), float(top + 12)
     rows = y.ticks(spacing=70)
-    texts = [labels([t])[0] for t in rows] if y.log else labels(rows)  # decades share no digits
+    texts = [f"{value:.7g}" for value in rows]
     x.start, x.end = 28 + max(draw.textlength(text, font) for text in texts), float(width - 28)
     for value, text in zip(rows, texts, strict=True):
         row = int(y.place(value) / 2) * 2  # whole pixels of the small picture keep the grid sharp
         draw.rectangle((x.start, row, x.end, row + 1), GRID)
         draw.text((x.start - 10, row + 1), text, INK, font, anchor="rm")
     columns = [t for t in x.ticks(spacing=150) if not whole or t == int(t)]
-    for value, text in zip(columns, labels(columns), strict=True):
+    for value in columns:
         column = int(x.place(value) / 2) * 2
         draw.rectangle((column, y.end, column + 1, y.start), GRID)
-        draw.text((column + 1, y.start + 10), text, INK, font, anchor="mt")
+        draw.text((column + 1, y.start + 10), f"{value:.7g}", INK, font, anchor="mt")
     draw.line([(x.start, y.end), (x.start, y.start), (x.end, y.start)], GREY, 2)
     draw.text(((x.start + x.end) / 2, height - 12), x_label, GREY, font, anchor="mb")
 

@@ -1,10 +1,10 @@
 """A training that can be stopped at any moment: its states, its signals, its log.
 
-The idea. A long training will be interrupted: a time limit, a full disk, a pulled plug. What that
-costs is decided before. Here everything random in step n is a function of (seed, n, place in the
-batch), so "where we are" is one number, and a saved state is weights, weight average, optimiser
-and that number. A run that was killed and went on, and one that was never touched, end at the
-same weights, bit for bit (one process, same machine).
+The idea. A long training will be interrupted: a time limit, a full disk, a pulled plug. Everything
+random in step n is a function of (seed, n, place in the batch), so "where we are" is one number,
+and a saved state is weights, weight average, optimiser and that number. A run that was killed and
+went on, and one that was never touched, end at the same weights, bit for bit (one process, same
+machine).
 
 The failure this prevents: a state that was being written when the power went. States are written
 under a temporary name and renamed, and the newest `keep` of them stay. A damaged one is passed
@@ -14,13 +14,11 @@ our reading: all of it; ST-DRC (arXiv 2606.02441) says nothing. States are safet
 pickle: loading one cannot execute anything. They hold whole tensors, so the number of processes
 may change between two commands (training/workers.py).
 
-Conventions. `done` = finished steps; `seconds` = time spent in steps over all commands. Exit
-status 128 + signal after Ctrl-C (130) or SIGTERM (143).
+Conventions. `done` = finished steps; `seconds` = time spent in steps over all commands.
 
     run = Run("runs/mine", named, optimizer, EMA(named), settings={"lr": 1e-3})
     for step in run.steps(total=3000, minutes=60, samples_per_step=16, name="mine"):
-        ...
-        run.record(loss=loss.item())
+        descend(run, step, loss, schedule(step, 3000), "clips 1, 2")
 
 Read next: training/plot.py
 """

@@ -3,8 +3,7 @@
 The idea. `torchrun --nproc_per_node=N train.py ...` starts the same script N times. Each process
 takes other clips, and all must end every step with the same weights. Two ways to get there:
 
-* "ddp"   every process holds all weights and computes gradients of its own clips; the gradients
-          are averaged.
+* "ddp"   every process holds all weights, and the gradients of its own clips are averaged.
 * "fsdp"  every process holds 1/N of each weight, of its gradient and of its optimiser state. A
           block's weights are gathered when the block runs and dropped afterwards (PyTorch's
           `fully_shard`). More messages, but a model that fits on no single card can be trained.
@@ -13,12 +12,10 @@ The failure this prevents: N processes that average their *means*. A process who
 face would halve the face loss of the others. So losses are sums divided by counts over everybody
 (`all_reduce`), and the result does not depend on how many processes shared the work.
 
-our reading: all of it; ST-DRC (arXiv 2606.02441) says nothing about devices. Saved tensors are
-always whole (`full_tensor`), so a run may go on with another number of processes.
+our reading: all of it; ST-DRC (arXiv 2606.02441) says nothing about devices.
 
-Conventions. rank 0 .. world - 1. Without torchrun world is 1, and every function here returns at
-once. A sharded tensor is a DTensor. `full_tensor` and `put` are called by all processes together,
-in the same order, or they wait for ever.
+Conventions. rank 0 .. world - 1; without torchrun world is 1, and all returns at once. A sharded
+tensor is a DTensor. `full_tensor` and `put` are called by all together, or they wait for ever.
 
     rank, world = start_workers()
     if world > 1 and can_shard(): shard(model, "cpu")

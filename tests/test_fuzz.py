@@ -200,13 +200,12 @@ def joined(table: object, numbers: bytes) -> bytes:
 
 
 def pictures(folder: Path) -> Kind:
-    base, goods = Image.linear_gradient("L").resize((14, 9)), []
-    for mode, kinds in (("RGB", "PNG JPEG WEBP BMP TIFF"), ("RGBA", "PNG"), ("P", "PNG GIF"),
-                        ("CMYK", "JPEG")):
-        for kind in kinds.split():
-            file = io.BytesIO()
-            base.convert(mode).save(file, kind)
-            goods.append(file.getvalue())
+    goods = []
+    for kind, mode in zip("PNG JPEG WEBP BMP TIFF GIF PNG JPEG".split(),
+                          "RGB RGB RGB RGB RGB P RGBA CMYK".split(), strict=True):
+        file = io.BytesIO()
+        Image.linear_gradient("L").resize((14, 9)).convert(mode).save(file, kind)
+        goods.append(file.getvalue())
 
     def read(path: Path) -> None:
         canvas = letterbox(open_picture(path), 16, 24)
@@ -281,8 +280,7 @@ def faces(folder: Path) -> Kind:
 def checkpoints(folder: Path) -> Kind:
     good = save({"vae.weight": torch.randn(3, 4), "vae.bias": torch.randn(3)}, {"config": "{}"})
     table, numbers = parts(good)
-    lengths = st.integers(0, 2**64 - 1).map(lambda n: n.to_bytes(8, "little") + good[8:])
-    tables = st.one_of(changed(table), st.sampled_from([20, 100, 800]).map(nested))
+    tables = changed(table).map(lambda table: joined(table, numbers))
 
     def read(path: Path) -> None:
         with torch.device("meta"):
@@ -291,8 +289,7 @@ def checkpoints(folder: Path) -> Kind:
         assert module.weight.shape == (3, 4)
         read_metadata(path)
 
-    return Kind("w.safetensors", st.one_of(damage(good), lengths, tables.map(
-        lambda table: joined(table, numbers))), read, 200)
+    return Kind("w.safetensors", st.one_of(damage(good), tables), read, 200)
 
 
 def configs(folder: Path) -> Kind:
@@ -357,16 +354,12 @@ def tokenizers(folder: Path) -> Kind:
 
 def gemma_configs(folder: Path) -> Kind:
     good = json.loads((TINY / "gemma" / "config.json").read_text())
-    rope = {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
-            "sliding_attention": {}}
 
     def read(path: Path) -> None:
         with torch.device("meta"):
             GemmaTextModel(GemmaConfig.from_folder(path.parent))
 
-    data = st.one_of(damaged_json(good), changed(good | {"rope_parameters": rope}).map(
-        lambda data: json.dumps({"text_config": data}).encode()))
-    return Kind("config.json", data, read, 80)
+    return Kind("config.json", damaged_json(good), read, 80)
 
 
 KINDS = {"picture": pictures, "video": videos, "JSONL manifest": manifests("jsonl"),

@@ -81,11 +81,13 @@ def denoise_steps(
     one spread for the batch). Raises ValueError, naming the step, when an estimate is not finite.
     """
     B, steps = len(noise), len(sigmas) - 1
+    # Positions are the same in every step; the video's do not know of the reference.
     positions, reference = layout.video_positions().to(noise.device), None        # (A, L, 2)
     if reference_tokens is None:
         guidance = replace(guidance, order="text_first", ref_scale=0.0)  # ordinary text guidance
     else:
         reference = Reference(reference_tokens, layout.reference_positions())
+    # by whether the prompt is seen: (B, N, D) each
     contexts = {True: context.expand(B, -1, -1), False: null_context.expand(B, -1, -1)}
 
     def estimate(x, sigma, text, ref, skip_blocks=()):  # one stream: what the model believes in
@@ -94,7 +96,8 @@ def denoise_steps(
                              skip_blocks=skip_blocks)                     # (B, L, C)
         return clean_estimate(x, v, sigma)                                # (B, L, C) float32
 
-    x, deltas = noise.to(torch.float32), {}
+    # float32: thirty small steps in bfloat16 would lose what they add
+    x, deltas = noise.to(torch.float32), {}                               # (B, L, C)
     for i, what in enumerate(guidance_steps(sigmas, guidance)):
         stream = partial(estimate, x, sigmas[i].to(x.device).expand(B))
         if what == "all":
@@ -163,6 +166,7 @@ def generate(args: argparse.Namespace, contexts: Sequence[Tensor], reference: Te
                                    args.quantization, args.offload)
     layout, g = args.layout, torch.Generator().manual_seed(args.seed)
     tokens = layout.F * layout.H * layout.W
+    # drawn on the CPU: a seed means the same noise on every device
     noise = torch.randn(1, tokens, transformer.config.in_channels, generator=g).to(args.device)
     steps, names = args.num_inference_steps, stream_weights(args.guidance)
     sigmas = ltx_sigmas(steps, args.schedule_tokens)
@@ -177,8 +181,8 @@ def generate(args: argparse.Namespace, contexts: Sequence[Tensor], reference: Te
 def decode(args: argparse.Namespace, latent: Tensor) -> Iterator[Tensor]:
     """Runs of finished frames (3, f, h, w), each made when it is asked for."""
     vae = VideoVAE.load(args.checkpoint_path, args.device, args.torch_dtype)
-    for frames in vae.decode_tiles(latent.to(args.torch_dtype)):
-        frames = frames[0]
+    for frames in vae.decode_tiles(latent.to(args.torch_dtype)):          # (1, 3, f, h, w)
+        frames = frames[0]                                                # (3, f, h, w)
         yield frames
         del frames  # before the next tile needs the room
 
@@ -199,7 +203,7 @@ def run(args: argparse.Namespace, canvas: Tensor, floor: float | None) -> None:
     record = {"arguments": settings(args), "seed": args.seed, "device": args.device,
               "dtype": args.dtype, "versions": {"python": sys.version.split()[0], **versions},
               "reference_psnr_db": round(fidelity, 2), "seconds": seconds}
-    frames = decode(args, latent)
+    frames = decode(args, latent)  # nothing is decoded yet: tiles are made as they are written
     write_outputs(args.output_path, frames, args.num_frames, canvas[0], args.frame_rate, record)
 
 
@@ -224,7 +228,7 @@ def resolve(args: argparse.Namespace) -> tuple[Tensor, float | None]:
     Returns the letterboxed reference (1, 3, h, w), and the PSNR below which the VAE does not know
     it. Raises ValueError on the first mistake.
     """
-    check_output(args.output_path, args.ref)
+    check_output(args.output_path, args.ref)  # first: a spelling mistake must not cost an hour
     args.lora = parse_loras(args.lora)
     config = read_metadata(args.checkpoint_path)["config"]
     transformer, vae = check_parts(args.checkpoint_path, args.gemma_root)

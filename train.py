@@ -159,7 +159,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 def load_transformer(args: argparse.Namespace, device: str, sharded: bool) -> VideoTransformer:
     """Block by block: read, add the LoRA, shard. No process holds more than its share and one
     block."""
-    model = empty_transformer(args.checkpoint).requires_grad_(args.full)
+    model = empty_transformer(args.checkpoint).requires_grad_(args.full)  # shapes, no numbers yet
     # LTX-2.3: what is trained is kept in float32, what is frozen in the type of the computation.
     low = args.precision == "bf16" and not args.full
 
@@ -213,7 +213,8 @@ def draw(args: argparse.Namespace, batch: Batch, generators: list[Generator]) ->
     L, C = batch.x0.shape[1:]
     u = torch.stack([torch.rand(4, generator=g) for g in generators])             # (B, 4)
     normal = torch.stack([torch.randn((), generator=g) for g in generators])      # (B,)
-    no_ref = u[:, 0] < args.drop_both + args.drop_ref
+    # one draw decides all three, so that they exclude each other: both, reference ... text
+    no_ref = u[:, 0] < args.drop_both + args.drop_ref                             # (B,) bool
     no_text = (u[:, 0] < args.drop_both) | (u[:, 0] > 1 - args.drop_text)
     sigma = training_sigmas(L, normal, u[:, 1], u[:, 2])                          # (B,)
     noise = torch.stack([torch.randn(L, C, generator=g) for g in generators])     # (B, L, C)
@@ -284,12 +285,13 @@ def identity_term(args: argparse.Namespace, frozen: Frozen, x0: Tensor, batch: B
         job = vae.decode_frame, x[None], at, ID_REACH
         frames.append(checkpoint(*job, use_reentrant=False) if args.gradient_checkpointing
                       else job[0](*job[1:]))                                      # (1, 3, h, w)
+    # where the face is: five landmarks, NaN where none are known
     marks, ref_marks = batch.landmarks[judged, t], batch.reference_landmarks[judged]  # (b, 5, 2)
     # both faces are cut in one way: by landmarks, or else by boxes
     usable = usable_landmarks(marks) & usable_landmarks(ref_marks)                # (b,)
     marks, ref_marks = (m.where(usable[:, None, None], torch.nan) for m in (marks, ref_marks))
     crops = faces_of(torch.cat(frames).float(), batch.boxes[judged, t], marks, net.size)
-    with torch.no_grad():
+    with torch.no_grad():  # the target: who the reference shows
         faces = faces_of(batch.reference[judged], batch.reference_box[judged], ref_marks, net.size)
         person = net(faces)                                                       # (b, E)
     return identity_loss(net, crops, person, torch.ones_like(judged, dtype=torch.bool))
@@ -374,6 +376,7 @@ def train(args: argparse.Namespace) -> None:
         torch.set_flush_denormal(True)
     torch.manual_seed(args.seed)
     config = read_metadata(args.checkpoint)["config"]
+    # paper: the VAE is frozen; gradients of the identity loss pass through it
     vae = VideoVAE.load(args.checkpoint, device, torch.float32).requires_grad_(False)
     net = load_facenet(args.face, device) if args.w_id > 0 else None
     data, shown, held_out = open_data(args, vae, device, rank, world_size)
@@ -411,7 +414,7 @@ def train(args: argparse.Namespace) -> None:
         terms = {"flow matching": fm, "the face-weighted loss": face, "the identity loss": identity,
                  "the gradient": norm}
         check_finite(step, terms, data.names(everyone))
-        run.optimizer.step(rate(args, step))
+        run.optimizer.step(rate(args, step))  # on finite numbers only
         model.zero_grad(set_to_none=True)
         run.ema.update(run.model, step)
         with_face, with_id = (counts[1:] / counts[0]).tolist()  # a missing face shows here
@@ -421,10 +424,10 @@ def train(args: argparse.Namespace) -> None:
         if (step + 1) % args.validate_every == 0 or step + 1 == args.steps:
             run.report(step + 1, samples)
             validate(run, shown, args.batch, held_out, look, sheet)
-        elif (step + 1) % 100 == 0:
+        elif (step + 1) % 100 == 0:  # a glance, long before the first validation
             draw_curves(run)
     ahead.shutdown(cancel_futures=True)
-    path = save_result(args, run, model)
+    path = save_result(args, run, model)  # the EMA weights
     if rank == 0:
         print(f"wrote {path} after {run.done} steps, {run.seconds / 60:.0f} min; "
               f"look at {args.out / 'sheet.png'}")

@@ -78,9 +78,12 @@ def stoppable() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+
     def stop(number: int, frame: object) -> None:
-        sys.unraisablehook = lambda _: None  # a progress bar that is thrown away half made complains
+        # a progress bar that is thrown away half made complains
+        sys.unraisablehook = lambda _: None
         raise KeyboardInterrupt(number)
+
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield

@@ -185,7 +185,7 @@ def same(a: Path, b: Path) -> bool:
 @pytest.fixture(scope="session")
 def trained(bench) -> Path:
     """A run of 40 steps."""
-    assert command(words(bench, bench / "straight", "--steps", 40, "--lr", "1e-2")) == 0
+    assert command(words(bench, bench / "straight", "--steps", 40, "--lr", "4e-2")) == 0
     return bench / "straight"
 
 

@@ -527,8 +527,9 @@ def _():
 @case("model.Block.forward", U=U)
 def _():
     block, tables = model.Block(SMALL), rope.rotary_tables(positions(), D, nh)
-    for bias, rows, index in ((rand(B, 1, S, S), rand(B, S, 9, D), None), (None, rand(1, 9, D), None),
-                              (rand(B, 1, 1, S), rand(U, 9, D), torch.randint(U, (B, S)))):  # fmt: skip
+    per_token, one = (rand(B, 1, S, S), rand(B, S, 9, D), None), (None, rand(1, 9, D), None)
+    distinct = rand(B, 1, 1, S), rand(U, 9, D), torch.randint(U, (B, S))
+    for bias, rows, index in (per_token, one, distinct):
         levels, prompt = model.Levels(rows, index), model.Levels(rand(B, 1, 2, D), None)
         block(rand(B, S, D), rand(B, N, D), levels, prompt, tables, bias, rand(B, 1, 1, N), False)
 

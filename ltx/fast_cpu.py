@@ -3,7 +3,8 @@
 The idea. model.py and ltx/vae.py are written for reading: nn.Linear, attention, a convolution. On
 a CPU PyTorch 2.13 hands three of them to the slower of its libraries. `FastCPU` looks at every
 operation while it is on and replaces just these, so that no model has to know about it. Only
-sampling is meant: with gradients, autocast or torch.compile everything passes through untouched.
+sampling is meant: with gradients or torch.compile everything passes through untouched, under
+autocast everything but attention.
 
 our reading: all of it; LTX-2.3 and ST-DRC (arXiv 2606.02441) say nothing of this. What each trick
   gains: `python -m bench.speed`.

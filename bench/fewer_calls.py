@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from common.files import write_json
-from denoise import forwards, guidance_steps
+from guidance import Guidance, guidance_steps
 from ltx.checkpoint import read_metadata
 from model import ltx_sigmas
 from study import scores
@@ -83,7 +83,8 @@ def calls(name: str, base: dict) -> float:
     config = read_metadata(checkpoint)["config"]["inference"]
     sigmas = ltx_sigmas(config["steps"], config["schedule_tokens"])
     low, high, every = OPTIONS[name]
-    return forwards(guidance_steps(sigmas, (low, high), every), STREAMS) / config["steps"]
+    steps = guidance_steps(sigmas, Guidance(interval=(low, high), every=every))
+    return sum(STREAMS if step == "all" else 1 for step in steps) / config["steps"]
 
 
 def main() -> int:

@@ -32,13 +32,14 @@ from torch.backends import mkldnn
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.cli import Parser
-from denoise import denoise
+from guidance import Guidance
 from ltx import fast_cpu
 from ltx.offload import FLOAT8, HostStream, cast_linears
 from ltx.plan import REAL, LiveBytes
 from ltx.vae import VideoVAE
 from model import TransformerConfig, VideoTransformer
-from rope import grid_to_positions, reference_grid, video_grid
+from rope import Layout, grid_to_positions, reference_grid, video_grid
+from sample import denoise
 from tests import test_model, test_vae
 
 # width, heads, latent grid, blocks, repeats
@@ -227,7 +228,8 @@ def guided(model: nn.Module, plain: dict, full: dict, grid: tuple[int, int, int]
     noise, L = plain["latent"].float(), plain["latent"].shape[1]
     reference, sigmas = full["latent"][:, L:], torch.tensor([0.7, 0.0])
     context = plain["context"]
-    return lambda: denoise(model, context, context, reference, grid, 24.0, (8, 32), sigmas, noise)
+    return lambda: denoise(model, noise, sigmas, context, context, reference, Layout(*grid),
+                           Guidance())
 
 
 def guided_rows(device: str, quick: bool) -> bool:

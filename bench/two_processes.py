@@ -30,8 +30,8 @@ WAYS = {"one process, 2 + 2 clips": (ONE, *HALVES),
 
 
 def train(out: Path, launcher: list[str], *flags: object) -> None:
-    words = [*launcher, *train_words(out.parent, out), "--precision", "fp32", "--warmup", 2,
-             "--final-lr", 1, *flags]
+    words = [*launcher, *train_words(out.parent, out), "--precision", "fp32", "--final-lr", 1,
+             *flags]
     done = subprocess.run(list(map(str, words)), cwd=ROOT, text=True, capture_output=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     if done.returncode:

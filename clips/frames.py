@@ -1,26 +1,26 @@
 """Any file -> frames: what lies between a folder of other people's videos and tensors of one shape.
 
-The idea. A clip is frames with times, not a row of pictures. Phones film sideways and say so in the header; frame rates
-differ, and wobble; an edit list hides the beginning; a copy was cut off. Counting frames as they come then gives
-motion at the wrong speed, faces lying on their side, or a clip that ends in the middle, and no error. So every frame
-is taken by its time and turned as the header says, and a file that cannot give what it announces raises `Unusable`.
-
-What comes out has a bucket's size: batches need one shape, so a clip is resized to cover the bucket nearest in shape
-and cropped around its middle.
+The idea. A clip is frames with times, not a row of pictures. Phones film sideways and say so in the
+header; frame rates differ, and wobble; an edit list hides the beginning; a copy was cut off. Taking
+frames as they come gives motion at the wrong speed, faces lying on their side, or a clip that ends
+in the middle, and no error. So every frame is taken by its time and turned as the header says, and
+a file that cannot give what it announces raises `Unusable`.
 
 paper:        no word on preparing data (ST-DRC, arXiv 2606.02441).
-our reading:  nearest frame in time, of two the earlier; resize to cover (antialiased bilinear), centre crop.
-LTX-2.3:      frames 8k+1, sides multiples of 32, 24 frames per second; the tiny VAE has 4k+1 and 8.
+our reading:  nearest frame in time, of two the earlier. A batch has one shape: resize (antialiased
+              bilinear) to cover the bucket nearest in shape, crop around the middle.
+LTX-2.3:      8k+1 frames, sides multiples of 32, 24 frames a second; the tiny VAE has 4k+1 and 8.
 
-Conventions. Clips (3, F, h, w) in [-1, 1]; sizes height before width, of the upright picture; "512x768x121" = height x
-width x frames; times in seconds after the clip's first frame. start 0 = from the first frame.
+Conventions. Clips (3, F, h, w) in [-1, 1]; sizes height before width, of the upright picture;
+"512x768x121" = height x width x frames; times in seconds after the clip's first frame.
 
-    found = probe(path)                                                        # decodes to the end, keeps no pixels
-    bucket = choose_bucket(found.height, found.width, found.frames(24.0), parse_buckets("512x768x121,512x768x1"))
-    clip = load_clip(path, bucket, frame_rate=24.0)                            # (3, 121, 512, 768)
-    picture = frame_at(path, found.times, 70).pixels()                         # (h, w, 3) uint8, as stored
+    found = probe(path)                                    # decodes to the end, keeps no pixels
+    buckets = parse_buckets("512x768x121,512x768x1")
+    bucket = choose_bucket(found.height, found.width, found.frames(24.0), buckets)
+    clip = load_clip(path, bucket, frame_rate=24.0)        # (3, 121, 512, 768)
+    picture = frame_at(path, found.times, 70).pixels()     # (h, w, 3) uint8, as stored
 
-Read next: clips.py
+Read next: clips/manifest.py
 """
 
 import math
@@ -40,22 +40,24 @@ import torch.nn.functional as nnf
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from common.cli import warn
 from common.files import one_line
 from reference import letterbox
 
-FORMAT = 1          # of the cached files and of the way clips are decoded; a change here makes every cached latent new
-MAX_ENLARGE = 1.1   # our reading: a little (1080 rows for a bucket of 1088) cannot be seen, more teaches blur
-TIE = 0.0015        # seconds; two frames equally near, up to the rounding of timestamps (Matroska: 1 ms): the earlier
-ROUNDING = 0.05     # of a frame; a clip of n frames whose timestamps were rounded still has n frames
-# What a picture may hold, whatever its name says. Pillow knows thirty more, and starts a program (Ghostscript) for one.
-PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
-MOST_PIXELS = 178_956_970  # of a frame; Pillow's limit for a picture. A header of 100 bytes can announce any size
+DEFAULT_BUCKETS = "512x768x121,768x512x121,512x768x1,768x512x1"  # LTX-2.3's size, also upright
+FORMAT = 1          # of cached files and of decoding; a change here makes every cached latent new
+MAX_ENLARGE = 1.1   # our reading: 1080 rows for a bucket of 1088 cannot be seen, more teaches blur
+TIE = 0.0015        # seconds; two frames are equally near up to rounded timestamps (Matroska: 1 ms)
+ROUNDING = 0.05     # of a frame; n frames whose timestamps were rounded are still n frames
+MOST_PIXELS = 178_956_970  # of a frame; Pillow's limit. A header of 100 bytes can announce any size
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
-DEFAULT_BUCKETS = "512x768x121,768x512x121,512x768x1,768x512x1"  # LTX-2.3's default size, its upright twin, and images
+# What a picture may hold, whatever its name says; for other kinds Pillow may start a program.
+SMALL = 16  # our reading: pixels; no face can be told from another below
+PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 
 
 class Unusable(ValueError):
-    """A row or clip that cannot be used: `reason` is one of a few words to count by, `detail` says what was found."""
+    """A row or clip that cannot be used: `reason`, a few words to count by, and what was found."""
 
     def __init__(self, reason: str, detail: object):
         self.reason, self.detail = reason, one_line(detail, 400)
@@ -77,32 +79,33 @@ class Bucket(NamedTuple):
 
 
 def parse_buckets(text: str, time_scale: int = 8, space_scale: int = 32) -> list[Bucket]:
-    """ "512x768x121,768x512x121" -> buckets, height x width x frames. Scales: those of the VAE (LTX-2.3: 8 and 32).
+    """ "512x768x121,768x512x121" -> buckets. Scales: those of the VAE (LTX-2.3: 8 and 32).
 
-    Raises ValueError unless sides are multiples of space_scale and frames 1 + a multiple of time_scale.
+    Raises ValueError unless sides are multiples of space_scale and frames 1 + one of time_scale.
     """
     buckets = []
     for part in text.split(","):
         try:
             bucket = Bucket(*(int(n) for n in part.strip().split("x")))
         except (ValueError, TypeError):
-            raise ValueError(f"expected buckets such as 512x768x121 (height x width x frames), got {part!r}; separate "
-                             "several by commas") from None
+            raise ValueError("expected buckets such as 512x768x121 (height x width x frames), got "
+                             f"{part!r}; separate several by commas") from None
         if min(bucket) < 1 or bucket.height % space_scale or bucket.width % space_scale:
-            raise ValueError(f"expected sides that are multiples of {space_scale}, got {bucket}; round them")
-        if (bucket.frames - 1) % time_scale:
-            fewer = bucket.frames - (bucket.frames - 1) % time_scale
-            raise ValueError(f"expected {time_scale}k+1 frames, got {bucket.frames}; use {fewer}")
+            raise ValueError(f"expected sides that are multiples of {space_scale}, "
+                             f"got {bucket}; round them")
+        if more := (bucket.frames - 1) % time_scale:
+            raise ValueError(f"expected {time_scale}k+1 frames, got {bucket.frames}; "
+                             f"use {bucket.frames - more}")
         buckets.append(bucket)
     return buckets
 
 
 def choose_bucket(height: int, width: int, frames: int, buckets: Sequence[Bucket]) -> Bucket:
-    """The bucket nearest in shape among those that the clip fills; of several, the one with most frames, then pixels.
+    """The bucket nearest in shape that the clip fills; of several the longest, then the largest.
 
-    our reading. height, width: pixels as displayed; frames: at the target frame rate, 1 for an image. A clip fills a
-    bucket when it has its frames and need not be enlarged by more than MAX_ENLARGE. Raises Unusable ("too small", "too
-    short") when there is none.
+    our reading. frames: at the target frame rate, 1 for an image. A clip fills a bucket that it
+    need not be enlarged for by more than MAX_ENLARGE, and whose frames it has. Raises Unusable
+    ("too small", "too short") when it fills none.
     """
     large = [b for b in buckets if max(b.height / height, b.width / width) <= MAX_ENLARGE]
     if not large:
@@ -110,9 +113,11 @@ def choose_bucket(height: int, width: int, frames: int, buckets: Sequence[Bucket
         raise Unusable("too small", f"{height}x{width}, the smallest bucket is {smallest}")
     fit = [b for b in large if b.frames <= frames]
     if not fit:
-        raise Unusable("too short", f"{frames} frames, the shortest bucket has {min(b.frames for b in large)}")
+        shortest = min(b.frames for b in large)
+        raise Unusable("too short", f"{frames} frames, the shortest bucket has {shortest}")
     shape = math.log(height / width)
-    return min(fit, key=lambda b: (abs(math.log(b.height / b.width) - shape), -b.frames, -b.height * b.width))
+    return min(fit, key=lambda b: (abs(math.log(b.height / b.width) - shape),
+                                   -b.frames, -b.height * b.width))
 
 
 class Crop(NamedTuple):
@@ -125,9 +130,10 @@ class Crop(NamedTuple):
 
 
 def cover(height: int, width: int, bucket: Bucket) -> Crop:
-    """Resize until both sides cover the bucket, keeping the aspect up to a pixel's rounding; crop around the middle."""
+    """Resize until both sides cover the bucket, aspect kept to a pixel; crop around the middle."""
     scale = max(bucket.height / height, bucket.width / width)
-    rows, columns = max(bucket.height, round(height * scale)), max(bucket.width, round(width * scale))
+    rows = max(bucket.height, round(height * scale))
+    columns = max(bucket.width, round(width * scale))
     return Crop(rows, columns, (rows - bucket.height) // 2, (columns - bucket.width) // 2)
 
 
@@ -136,7 +142,7 @@ def cover(height: int, width: int, bucket: Bucket) -> Crop:
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """One decoded frame, not yet turned into RGB. time, end: seconds; height, width: pixels as displayed."""
+    """One decoded frame, not yet RGB. time, end: seconds; height, width: pixels as displayed."""
 
     time: float
     end: float
@@ -145,44 +151,69 @@ class Frame:
     source: av.VideoFrame | Image.Image
 
     def pixels(self) -> np.ndarray:
-        """RGB, turned upright, (h, w, 3) uint8; pixels that are not square are not stretched yet."""
+        """RGB, upright, (h, w, 3) uint8; pixels that are not square are not stretched yet."""
         if isinstance(self.source, Image.Image):
-            canvas = letterbox(self.source, self.height, self.width)      # its own size: converts only, lays on white
+            canvas = letterbox(self.source, self.height, self.width)  # same size: RGB on white
             return ((canvas + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-        # Files often leave the colour matrix unsaid; players then take BT.709 for HD, BT.601 below. HDR stays as it is.
+        # Files often leave the colour matrix unsaid; players then take BT.709 for HD, BT.601 below.
         unsaid = self.source.colorspace == 2 and self.source.height >= 720
         rgb = self.source.to_ndarray(format="rgb24", src_colorspace="ITU709" if unsaid else None)
         return np.ascontiguousarray(np.rot90(rgb, round(self.source.rotation / 90) % 4))
 
     def resized(self, crop: Crop, bucket: Bucket) -> Tensor:
         """(3, h, w) uint8 of the bucket's size, antialiased."""
-        x = torch.from_numpy(self.pixels().copy()).permute(2, 0, 1)[None]                 # (1, 3, h, w)
+        x = torch.from_numpy(self.pixels().copy()).permute(2, 0, 1)[None]           # (1, 3, h, w)
         x = nnf.interpolate(x, (crop.rows, crop.columns), mode="bilinear", antialias=True)
-        return x[0, :, crop.top : crop.top + bucket.height, crop.left : crop.left + bucket.width]
+        return x[0, :, crop.top :, crop.left :][:, : bucket.height, : bucket.width]
+
+
+def _undecodable(path, told):
+    return Unusable("cannot be decoded", f"{path.name}: {told}")
 
 
 def open_picture(path: Path) -> Image.Image:
-    """A picture, read to its end and turned upright (EXIF); of an animation the first. Raises Unusable."""
+    """A picture, read to its end, turned upright (EXIF); an animation's first. Raises Unusable."""
     if not path.is_file():  # also keeps pipes and devices from being read
         raise Unusable("missing file", f"a folder at {path}" if path.is_dir() else path)
     Image.init()
     formats = [name for name in PICTURES if name in Image.OPEN]
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # broken camera notes, and large photos below Pillow's limit
+            warnings.simplefilter("ignore")  # broken camera notes, large photos below the limit
             with Image.open(path, formats=formats) as image:
                 picture = ImageOps.exif_transpose(image)  # a copy, hence read to its end
-        picture.info = {key: value for key, value in picture.info.items() if key == "transparency"}  # it is turned already
-        return picture
     except Exception as error:  # decoders raise nearly every type there is on damaged files
-        raise Unusable("cannot be decoded", f"{path.name}: {error}") from None
+        raise _undecodable(path, error) from None
+    # Turned already; what damaged notes say is not asked a second time (reference.letterbox would).
+    picture.info = {key: told for key, told in picture.info.items() if key == "transparency"}
+    return picture
+
+
+def load_canvas(path: Path, height: int, width: int) -> Tensor:
+    """A reference of the user's on a canvas of the video's size, (3, h, w) in [-1, 1].
+
+    Raises ValueError, one line that says what to do.
+    """
+    if not path.is_file():
+        got = "a folder" if path.is_dir() else "no such file"
+        raise ValueError(f"expected a picture at {path}, got {got}; check --ref")
+    try:
+        image = open_picture(path)
+        canvas = letterbox(image, height, width)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"expected a readable picture at {path}, got "
+                         f"{getattr(error, 'detail', error)}; save it as PNG or JPEG, not huge"
+                         ) from error
+    if min(image.size) < SMALL:
+        warn(f"the reference has {image.width}x{image.height} pixels, too few to show a face")
+    return canvas
 
 
 def decode(path: Path) -> Iterator[Frame]:
     """Every frame of a video or picture, in the order of display. Sound is ignored.
 
-    Raises Unusable: "missing file", "no video stream", "cannot be decoded", or, after the last frame that could be
-    read, "cut off" when the file announces more.
+    Raises Unusable: "missing file", "no video stream", "cannot be decoded", or, after the last
+    frame that could be read, "cut off" when the file announces more.
     """
     path = Path(path)
     if path.suffix.lower() in IMAGES and path.is_file() and path.stat().st_size:
@@ -190,7 +221,7 @@ def decode(path: Path) -> Iterator[Frame]:
         yield Frame(0.0, 0.0, image.height, image.width, image)
         return
     with _opened(path) as (container, stream):
-        yield from _decode_stream(container, stream, path.name)
+        yield from _decode_stream(container, stream, path)
 
 
 @contextmanager
@@ -199,24 +230,29 @@ def _opened(path):
     if not path.is_file():  # also keeps pipes and devices from being read
         raise Unusable("missing file", path)
     if path.stat().st_size == 0:
-        raise Unusable("cannot be decoded", f"{path.name}: an empty file")
-    # A playlist may name other files or addresses. The file is opened by us, and no protocol is left to open another.
+        raise _undecodable(path, "an empty file")
     with path.open("rb") as file:
-        try:
-            container = av.open(file, options={"protocol_whitelist": "none"}, metadata_errors="replace")
+        try:  # A playlist may name other files or addresses; no protocol is left to open those.
+            container = av.open(file, options={"protocol_whitelist": "none"},
+                                metadata_errors="replace")
         except (av.FFmpegError, OSError, ValueError) as error:
-            raise Unusable("cannot be decoded", f"{path.name}: {_told(error)}") from None
+            raise _undecodable(path, _told(error)) from None
         with container:
-            streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
+            cover_art = av.stream.Disposition.attached_pic
+            streams = [s for s in container.streams.video if not s.disposition & cover_art]
             if not container.streams:
-                raise Unusable("cannot be decoded", f"{path.name}: only the beginning of a file")
+                raise _undecodable(path, "only the beginning of a file")
             if not streams:
                 raise Unusable("no video stream", path.name)
             if streams[0].codec_context is None:
-                raise Unusable("cannot be decoded", f"{path.name}: in a form that this FFmpeg does not know")
+                raise _undecodable(path, "in a form that this FFmpeg does not know")
             streams[0].thread_type = "AUTO"
             streams[0].codec_context.options = {"max_pixels": str(MOST_PIXELS)}
             yield container, streams[0]
+
+
+def _told(error):
+    return getattr(error, "strerror", None) or error
 
 
 def _usual_length(stream):
@@ -225,105 +261,111 @@ def _usual_length(stream):
 
 def _frame(frame, now, stream):
     """A decoded frame with its time, its length and its size as displayed."""
-    length = float(frame.duration * frame.time_base) if frame.duration and frame.time_base else _usual_length(stream)
-    height, width = frame.height, max(1, round(frame.width * float(stream.sample_aspect_ratio or 1)))
+    length = _usual_length(stream)
+    if frame.duration and frame.time_base:
+        length = float(frame.duration * frame.time_base)
+    aspect = float(stream.sample_aspect_ratio or 1)
+    height, width = frame.height, max(1, round(frame.width * aspect))
     if round(frame.rotation / 90) % 2:
         height, width = width, height
     return Frame(now, now + length, height, width, frame)
 
 
-def _decode_stream(container, stream, name):
+def _decode_stream(container, stream, path):
     usual = _usual_length(stream)
     first, count, now, error = None, 0, -usual, None
     frames = container.decode(stream)
     while True:
         try:
-            frame = next(frames)
-        except StopIteration:
-            break
+            frame = next(frames, None)
         except (av.FFmpegError, OSError, ValueError) as problem:
-            error = problem
+            frame, error = None, problem
+        if frame is None:
             break
-        stamp = frame.time if frame.time is not None else (first or 0.0) + now + usual  # raw streams have no stamps
+        stamp = frame.time
+        if stamp is None:  # raw streams have no timestamps
+            stamp = (first or 0.0) + now + usual
         first = stamp if first is None else first
         now, count = stamp - first, count + 1
         shown = _frame(frame, now, stream)
         end, length = shown.end, shown.end - now
         yield shown
     if count == 0:
-        raise Unusable("cannot be decoded", f"{name}: {_told(error) if error else 'no frame inside'}")
+        raise _undecodable(path, _told(error) if error else "no frame inside")
     announced = _announced_seconds(container, stream)
-    missing = announced is not None and announced - end > max(0.5 * length, 0.002)
-    if missing and stream.frames > count:
-        raise Unusable("cut off", f"{name}: {count} of {stream.frames} frames")
-    if missing and not stream.frames and announced - end > 2 * length + 0.1:
-        raise Unusable("cut off", f"{name}: {end:.2f} of {announced:.2f} seconds")
+    missing = -math.inf if announced is None else announced - end
+    if missing > max(0.5 * length, 0.002) and stream.frames > count:
+        raise Unusable("cut off", f"{path.name}: {count} of {stream.frames} frames")
+    if missing > 2 * length + 0.1 and not stream.frames:
+        raise Unusable("cut off", f"{path.name}: {end:.2f} of {announced:.2f} seconds")
     if error:
-        raise Unusable("cannot be decoded", f"{name}: {_told(error)} after {count} frames")
+        raise _undecodable(path, f"{_told(error)} after {count} frames")
+
+
+def _announced_seconds(container, stream):
+    """What the header says, None if nothing trustworthy. Where an edit list hides frames, their
+    number is wrong and the seconds are right."""
+    if stream.duration and stream.time_base:
+        return float(stream.duration * stream.time_base)
+    if "matroska" not in container.format.name:
+        return None
+    if text := stream.metadata.get("DURATION"):
+        found = re.fullmatch(r"(\d+):(\d+):([\d.]{1,20})", text)
+        return int(found[1]) * 3600 + int(found[2]) * 60 + float(found[3]) if found else None
+    if container.duration and not container.streams.audio:
+        return container.duration / 1e6
+    return None
 
 
 def frame_at(path: str | Path, times: Sequence[float], index: int) -> Frame:
-    """The stored frame number `index` of a file whose frames have `times` (Probe.times): list(decode(path))[index].
+    """list(decode(path))[index], faster. times: of the file's frames (Probe.times).
 
-    A late frame of a long video would cost decoding all before it. So: seek to the key frame before its time and decode
-    from there until the time is met (up to TIE). Where that cannot be trusted (no seeking, no timestamps, frames
-    nearer than TIE, no key frame met on the way), everything before is decoded after all.
-    Raises ValueError for an index that is not there, Unusable as `decode` does, or "cut off".
+    Seeks to the key frame before and decodes until the time is met (up to TIE). Where that cannot
+    be trusted (no seeking, no timestamps, frames nearer than TIE, no key frame on the way), decodes
+    from the beginning. Raises ValueError for another index, Unusable as `decode` does.
     """
     path = Path(path)
     if not 0 <= index < len(times):
-        raise ValueError(f"expected a frame number below {len(times)}, got {index}; use the times of this file")
+        raise ValueError(f"expected a frame number below {len(times)}, got {index}; "
+                         "use the times of this file")
     around = times[max(0, index - 1) : index + 2]
     distinct = all(late - early > TIE for early, late in zip(around, around[1:], strict=False))
-    frame = _sought(path, times[index]) if index and distinct and path.suffix.lower() not in IMAGES else None
-    if frame is None:
-        frame = next(islice(decode(path), index, None), None)
+    may_seek = index and distinct and path.suffix.lower() not in IMAGES
+    frame = _sought(path, times[index]) if may_seek else None
+    frame = frame or next(islice(decode(path), index, None), None)
     if frame is None:
         raise Unusable("cut off", f"{path.name}: fewer than {index + 1} frames")
     return frame
 
 
 def _sought(path, target):
-    """The frame at `target` seconds by seeking, None where there is doubt. Back twice: some files seek by the order
-    of decoding, and then the key frame found may be shown after the target."""
+    """The frame at `target` seconds by seeking, None where there is doubt. Two tries: some files
+    seek by the order of decoding, and then the key frame found may be shown after the target."""
     with _opened(path) as (container, stream):
         try:
             first = next(container.decode(stream)).time
             for back in (0.0, 2.0):
                 offset = round((first + max(0.0, target - back)) / stream.time_base)
                 container.seek(offset, stream=stream, backward=True)
-                whole = False  # frames before the first key frame may lack what they were predicted from
+                key_met = False  # frames before a key frame may lack what they were predicted from
                 for frame in container.decode(stream):
                     now = frame.time - first
                     if now > target + TIE:
                         break
-                    whole = whole or frame.key_frame
-                    if whole and now >= target - TIE:
+                    key_met = key_met or frame.key_frame
+                    if key_met and now >= target - TIE:
                         return None if frame.is_corrupt else _frame(frame, now, stream)
-        except (av.FFmpegError, OSError, ValueError, TypeError, StopIteration):  # TypeError: a frame without a time
-            pass
+        except (av.FFmpegError, OSError, ValueError, TypeError, StopIteration):
+            pass  # TypeError: a frame without a time
     return None
 
 
-def _announced_seconds(container, stream):
-    """What the header says, None if nothing trustworthy. An edit list may hide frames: then the seconds are right."""
-    if stream.duration and stream.time_base:
-        return float(stream.duration * stream.time_base)
-    if "matroska" in container.format.name and (text := stream.metadata.get("DURATION")):
-        numbers = re.fullmatch(r"(\d+):(\d+):([\d.]{1,20})", text)
-        return int(numbers[1]) * 3600 + int(numbers[2]) * 60 + float(numbers[3]) if numbers else None
-    if "matroska" in container.format.name and container.duration and not container.streams.audio:
-        return container.duration / 1e6
-    return None
-
-
-def _told(error):
-    return getattr(error, "strerror", None) or error
+# ------------------------------------------------------------ clips
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What a clip is. height, width: pixels as displayed; times: seconds of its frames; seconds: its length."""
+    """What a clip is: pixels as displayed, seconds of each of its frames, seconds in all."""
 
     height: int
     width: int
@@ -332,17 +374,18 @@ class Probe:
 
     def frames(self, frame_rate: float) -> int:
         """Frames it gives at another rate; a picture, or a clip of one frame, gives one."""
-        return 1 if len(self.times) == 1 else max(1, math.floor(self.seconds * frame_rate + ROUNDING))
+        several = math.floor(self.seconds * frame_rate + ROUNDING)
+        return 1 if len(self.times) == 1 else max(1, several)
 
 
 def probe(path: Path) -> Probe:
     """Decode a clip to its end, keeping no pixels. Raises Unusable as `decode` does."""
-    times, first = [], None
+    times, size = [], None
     for frame in decode(path):
-        first = first or (frame.height, frame.width)
+        size = size or (frame.height, frame.width)
         times.append(frame.time)
         seconds = frame.end
-    return Probe(*first, tuple(times), seconds)
+    return Probe(*size, tuple(times), seconds)
 
 
 def clip_times(frames: int, frame_rate: float, start: float = 0.0) -> list[float]:
@@ -351,13 +394,14 @@ def clip_times(frames: int, frame_rate: float, start: float = 0.0) -> list[float
 
 
 def nearest(timed: Iterable[tuple[float, Any]], targets: Sequence[float]) -> Iterator[Any]:
-    """For each target time the item nearest in time, of two the earlier. Both in rising order; reads no further than
-    needed. Beyond the last item that item is given."""
+    """For each target time the item nearest in time, of two the earlier; beyond the last item, that
+    item. Both in rising order; reads no further than needed."""
     before, wanted = None, iter(targets)
     target = next(wanted, None)
     for time, item in timed:
         while target is not None and target <= time:
-            yield before[1] if before is not None and target - before[0] <= time - target + TIE else item
+            earlier = before is not None and target - before[0] <= time - target + TIE
+            yield before[1] if earlier else item
             target = next(wanted, None)
         if target is None:
             return
@@ -367,29 +411,26 @@ def nearest(timed: Iterable[tuple[float, Any]], targets: Sequence[float]) -> Ite
         target = next(wanted, None)
 
 
-def load_clip(path: str | Path, bucket: Bucket, frame_rate: float = 24.0, start: float | None = None,
-              generator: torch.Generator | None = None) -> Tensor:
+def load_clip(path: str | Path, bucket: Bucket, frame_rate: float = 24.0, start: float = 0.0
+              ) -> Tensor:
     """A clip at the bucket's size and the target frame rate, (3, F, h, w) float32 in [-1, 1].
 
-    our reading: resize to cover (antialiased bilinear), centre crop, the nearest frame in time. start: seconds; None is
-    0, or drawn evenly from all that fit when a generator is given. Raises Unusable as `decode` does, or "too short".
+    our reading: resize to cover (antialiased bilinear), centre crop, the nearest frame in time.
+    start: seconds. Raises Unusable as `decode` does, or "too short".
     """
-    if start is None:
-        spare = 0.0
-        if generator is not None:
-            found = probe(Path(path))
-            spare = max(0, found.frames(frame_rate) - bucket.frames) / frame_rate
-        start = spare * torch.rand((), generator=generator, device=generator.device).item() if spare else 0.0
+    path = Path(path)
     video = torch.empty(bucket.frames, 3, bucket.height, bucket.width)
+    frames, last = decode(path), None
     times = clip_times(bucket.frames, frame_rate, start)
-    frames, last = decode(Path(path)), None
     for k, frame in enumerate(nearest(((frame.time, frame) for frame in frames), times)):
         if frame is not last:  # a slow clip shows one frame several times
-            picture = frame.resized(cover(frame.height, frame.width, bucket), bucket) / 127.5 - 1    # (3, h, w)
+            crop = cover(frame.height, frame.width, bucket)
+            picture = frame.resized(crop, bucket) / 127.5 - 1                       # (3, h, w)
             last = frame
         video[k] = picture
-    available = 1 if last.time == 0 else (last.end - start) * frame_rate + ROUNDING  # one frame, however long shown
+    # One frame is one frame, however long it is shown.
+    available = 1 if last.time == 0 else (last.end - start) * frame_rate + ROUNDING
     if next(frames, None) is None and available < (bucket.frames if bucket.frames > 1 else 0):
-        raise Unusable("too short", f"{Path(path).name}: {max(0, math.floor(available))} of {bucket.frames} frames")
-    return video.transpose(0, 1)                                                          # (3, F, h, w)
-
+        found = max(0, math.floor(available))
+        raise Unusable("too short", f"{path.name}: {found} of {bucket.frames} frames")
+    return video.transpose(0, 1)                                                    # (3, F, h, w)

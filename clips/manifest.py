@@ -1,29 +1,27 @@
-"""A list of clips -> rows that a training can trust, each with a reference picture of the person in it.
+"""A list of clips -> rows that a training can trust, each with a reference picture of the person.
 
-The idea. A folder of clips is never clean: a copy was cut off, a caption is missing, a faces file was made from frames
-that lay on their side. A training that meets such a file after two hours stops, or, worse, goes on with wrong numbers.
-So every clip is decoded once before: `check` says which rows are used and why each other one is not, one line each.
+The idea. A folder of clips is never clean: a copy was cut off, a caption is missing, a faces file
+was made from frames that lay on their side. A training that meets such a file after two hours
+stops, or, worse, goes on with wrong numbers. So every clip is decoded once before: `check` says
+which rows are used and why each other one is not. The reference is drawn here, too: a model that is
+shown a frame of the very clip it must make learns to copy the picture, not the person.
 
-The reference is drawn here, because the choice decides what is learnt: a model that is shown a frame of the very clip
-it must make learns to copy the picture, not the person.
+A manifest is JSONL, JSON or CSV with the FIELDS below; docs/clips.md explains it. A list from
+somebody else must not make a training read, and a cache keep, what is not its own: paths must lead
+(links followed) into the manifest's folder or one named with --root, unless --allow-outside.
 
-Manifest: JSONL, JSON (a list, or {"data": [...]}) or CSV with `video` (or `media_path`) and `caption`, optional
-`reference` (a picture), `identity` (who is seen), `faces` (a faces file, see `load_faces`); other fields are ignored.
-Paths are relative to the manifest's folder and must stay inside it, or inside a folder named with --root, unless
---allow-outside: a list from somebody else must not make a training read, and a cache keep, what is not its own. Absolute
-paths are judged like others, by where they lead; symbolic links are followed first; ".." is refused even where it stays.
-
-paper:        a reference of the person beside each clip (ST-DRC, arXiv 2606.02441); no word on where it comes from.
+paper:        a reference of the person beside each clip (ST-DRC, arXiv 2606.02441), no word on how.
 our reading:  all of this file: the checks, and the order of `draw_reference`.
 
-Conventions. Boxes (x0, y0, x1, y1) and landmarks (x, y) in pixels of the upright picture, from its outer corner (the
-middle of the first pixel is 0.5); times in seconds after the clip's first frame. start 0 = from the first frame.
+Conventions. Boxes (x0, y0, x1, y1) and landmarks (x, y) in pixels of the upright picture, from its
+outer corner (the middle of the first pixel is 0.5); times in seconds after the clip's first frame.
+
+    python -m clips.manifest check clips/manifest.jsonl
 
     report = check("clips/manifest.jsonl", parse_buckets("512x768x121,512x768x1"))
-    print("\n".join(report.lines()))
-    drawn = draw_reference(report.used, 0, torch.Generator().manual_seed(0))    # picture, source, box, landmarks
+    drawn = draw_reference(report.used, 0, torch.Generator().manual_seed(0))
 
-Read next: cache.py
+Read next: clips/cache.py
 """
 
 import argparse
@@ -62,7 +60,7 @@ from common.cli import Parser, command
 from common.files import one_line, parse_json, read_text
 
 FIELDS = ("video", "media_path", "caption", "reference", "identity", "faces")
-LONGEST = 100_000  # our reading: characters of a field; more is a file in the wrong place (LTX-2.3 reads 1024 tokens)
+LONGEST = 100_000  # our reading: characters of a field; LTX-2.3 reads 1024 tokens
 LARGEST = 1e6      # our reading: pixels of a side
 
 
@@ -70,7 +68,7 @@ LARGEST = 1e6      # our reading: pixels of a side
 
 
 class Face(NamedTuple):
-    """The face in one picture of `size` (h, w): box (4,), landmarks (5, 2) or None, in its pixels."""
+    """The face in a picture of `size` (h, w): box (4,), landmarks (5, 2) or None, in its pixels."""
 
     size: tuple[int, int]
     box: Tensor
@@ -78,15 +76,13 @@ class Face(NamedTuple):
 
 
 class Faces(NamedTuple):
-    """Faces of one clip: times (N,) in seconds, boxes (N, 4) and landmarks (N, 5, 2), NaN where there are none, in
-    pixels of a picture of `size` (h, w); the detector looked `frame_rate` times a second. reference: the face in the
-    row's own reference picture, None where the file does not say."""
+    """Faces of one clip in pixels of a picture of `size` (h, w), and in the row's own reference."""
 
-    frame_rate: float
+    frame_rate: float            # how often the detector looked, times a second
     size: tuple[int, int]
-    times: Tensor
-    boxes: Tensor
-    landmarks: Tensor
+    times: Tensor                # (N,) seconds
+    boxes: Tensor                # (N, 4)
+    landmarks: Tensor            # (N, 5, 2), NaN where there are none
     reference: Face | None = None
 
 
@@ -94,66 +90,79 @@ def load_faces(path: str | Path) -> Faces:
     """Read a faces file:
 
         {"frame_rate": 24, "size": [h, w],
-         "frames": [{"t": 0.0, "box": [x0, y0, x1, y1], "landmarks": [[x, y], ...] (5, optional)}, ...],
-         "reference": {"size": [h, w], "box": [x0, y0, x1, y1], "landmarks": [[x, y], ...]} (optional)}
+         "frames": [{"t": 0.0, "box": [x0, y0, x1, y1], "landmarks": [[x, y], ... 5]}, ...],
+         "reference": {"size": [h, w], "box": [x0, y0, x1, y1], "landmarks": [[x, y], ... 5]}}
 
-    A frame that is absent has no face. size: of the upright picture that the detector saw. reference: the face in the
-    row's own reference picture; it says nothing about rows without one. Raises ValueError.
+    Landmarks and reference are optional; a frame that is absent has no face. Sizes: of the upright
+    pictures that the detector saw. Raises ValueError.
     """
+    none = [[math.nan] * 2] * 5
     try:
         data = parse_json(read_text(Path(path)))
-        size, frame_rate = tuple(int(n) for n in data["size"]), float(data["frame_rate"])
+        size, frame_rate = _read_size(data["size"]), float(data["frame_rate"])
+        if not 0 < frame_rate < 1e6:
+            raise ValueError(f"a frame rate of {frame_rate}")
         frames = sorted(data["frames"], key=lambda row: row["t"])
         times = torch.tensor([row["t"] for row in frames], dtype=torch.float64)
-        boxes = torch.tensor([row["box"] for row in frames], dtype=torch.float32).reshape(-1, 4)
-        none = [[math.nan] * 2] * 5
-        marks = torch.tensor([row.get("landmarks") or none for row in frames], dtype=torch.float32).reshape(-1, 5, 2)
-        reference = _read_face(data["reference"]) if data.get("reference") is not None else None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, OverflowError,
-            RecursionError) as error:
+        if not times.isfinite().all():
+            raise ValueError("a time that is not finite")
+        boxes = _read_boxes([row["box"] for row in frames])
+        marks = _read_numbers([row.get("landmarks") or none for row in frames], 5, 2)
+        reference = data.get("reference")
+        reference = None if reference is None else _read_face(reference)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError,
+            OverflowError) as error:
         told = one_line(f"no {error}" if isinstance(error, KeyError) else error)
-        raise ValueError(f"expected a faces file with frame_rate, size and frames, got {told} in {path}; see load_faces"
-                         ) from None
-    same = len(times) == len(boxes) == len(marks)
-    if len(size) != 2 or not 1 <= min(size) <= max(size) <= LARGEST or not 0 < frame_rate < 1e6 or not same:
-        got = f"{one_line(size, 80)} and {frame_rate}"
-        raise ValueError(f"expected size [h, w] and a frame rate above 0, got {got} in {path}; "
-                         "see load_faces")
-    if not (times.isfinite().all() and boxes.isfinite().all() and (boxes[:, 2:] > boxes[:, :2]).all()):
-        raise ValueError(f"expected boxes [x0, y0, x1, y1], x1 > x0 and y1 > y0, got another in {path}; see load_faces")
+        raise ValueError(f"expected a faces file with frame_rate, size and frames, got {told} in "
+                         f"{path}; see load_faces") from None
     return Faces(frame_rate, size, times, boxes, marks, reference)
 
 
-def _read_face(data):
-    size, box = tuple(int(n) for n in data["size"]), torch.tensor(data["box"], dtype=torch.float32)
-    marks = data.get("landmarks")
-    marks = None if marks is None else torch.tensor(marks, dtype=torch.float32)
+def _read_size(data):
+    size = tuple(int(n) for n in data)
     if len(size) != 2 or not 1 <= min(size) <= max(size) <= LARGEST:
-        raise ValueError(f"size {one_line(data['size'], 80)} of the reference, not [h, w]")
-    if box.shape != (4,) or not box.isfinite().all() or not (box[2:] > box[:2]).all():
-        raise ValueError(f"box {one_line(data['box'], 80)} of the reference, not [x0, y0, x1, y1] with x1 > x0 and y1 > y0")
+        raise ValueError(f"size {one_line(data, 80)}, not [h, w]")
+    return size
+
+
+def _read_numbers(rows, *shape):
+    return torch.tensor(rows, dtype=torch.float32).reshape(len(rows), *shape)
+
+
+def _read_boxes(rows):
+    boxes = _read_numbers(rows, 4)
+    if not (boxes.isfinite().all() and (boxes[:, 2:] > boxes[:, :2]).all()):
+        raise ValueError("a box that is not [x0, y0, x1, y1] with x1 > x0 and y1 > y0")
+    return boxes
+
+
+def _read_face(data):
+    size, (box,), marks = _read_size(data["size"]), _read_boxes([data["box"]]), None
     if (box[2:] <= 0).any() or box[0] >= size[1] or box[1] >= size[0]:
         raise ValueError(f"box {data['box']} outside the reference of {size[0]}x{size[1]}")
-    if marks is not None and (marks.shape != (5, 2) or not marks.isfinite().all()):
-        raise ValueError("landmarks of the reference that are not 5 points [x, y]")
+    if data.get("landmarks") is not None:
+        (marks,) = _read_numbers([data["landmarks"]], 5, 2)
+        if not marks.isfinite().all():
+            raise ValueError("landmarks of the reference that are not finite")
     return Face(size, box, marks)
 
 
 def faces_for_clip(faces: Faces, bucket: Bucket, crop: Crop, times: Sequence[float]
                    ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Faces at the times of a clip's frames, in its own pixels: boxes (F, 4), landmarks (F, 5, 2) or None, valid (F,).
+    """Faces in the clip's frames and pixels: boxes (F, 4), landmarks (F, 5, 2) or None, valid (F,).
 
-    crop: `cover(height, width, bucket)`, the geometry the clip went through. valid is False, and the numbers 0, where
-    no face was seen within half a detector step, or where less than half of its box is left after the crop.
+    crop: `cover(height, width, bucket)`, the geometry the clip went through; times: of its frames.
+    valid is False, and the numbers 0, where no face was seen within half a detector step, or where
+    less than half of its box is left after the crop.
     """
     if len(faces.times) == 0:
         return torch.zeros(len(times), 4), None, torch.zeros(len(times), dtype=torch.bool)
-    distance = (torch.tensor(times, dtype=torch.float64)[:, None] - faces.times).abs()    # (F, N)
-    gap, row = distance.min(dim=1)
+    targets = torch.tensor(times, dtype=torch.float64)
+    gap, row = (targets[:, None] - faces.times).abs().min(dim=1)                    # (F,) of (F, N)
     scale = torch.tensor([crop.columns / faces.size[1], crop.rows / faces.size[0]])
     shift = torch.tensor([float(crop.left), float(crop.top)])
-    boxes = faces.boxes[row] * scale.repeat(2) - shift.repeat(2)                          # (F, 4)
-    marks = faces.landmarks[row] * scale - shift                                          # (F, 5, 2)
+    boxes = faces.boxes[row] * scale.repeat(2) - shift.repeat(2)                    # (F, 4)
+    marks = faces.landmarks[row] * scale - shift                                    # (F, 5, 2)
     inside = boxes.clamp(min=0).minimum(torch.tensor([bucket.width, bucket.height] * 2))
     area, kept = ((b[:, 2:] - b[:, :2]).prod(dim=1) for b in (boxes, inside))
     valid = (gap <= 0.5 / faces.frame_rate + TIE) & (kept >= 0.5 * area)
@@ -164,10 +173,10 @@ def faces_for_clip(faces: Faces, bucket: Bucket, crop: Crop, times: Sequence[flo
 
 
 def box_mask(boxes: Tensor, valid: Tensor, height: int, width: int) -> Tensor:
-    """Boxes (F, 4) -> mask (F, height, width), 1 on the face, for losses.pool_face_mask; all 0 where not valid."""
-    x, y = torch.arange(width) + 0.5, torch.arange(height) + 0.5                          # pixel middles
-    x0, y0, x1, y1 = boxes[:, :, None].unbind(dim=1)                                      # (F, 1) each
-    across, down = (x >= x0) & (x < x1), (y >= y0) & (y < y1)                             # (F, w), (F, h)
+    """Boxes (F, 4) -> mask (F, height, width), 1 on the face, 0 elsewhere and where not valid."""
+    x, y = torch.arange(width) + 0.5, torch.arange(height) + 0.5                    # pixel middles
+    x0, y0, x1, y1 = boxes[:, :, None].unbind(dim=1)                                # (F, 1) each
+    across, down = (x >= x0) & (x < x1), (y >= y0) & (y < y1)                       # (F, w), (F, h)
     return (down[:, :, None] & across[:, None, :] & valid[:, None, None]).float()
 
 
@@ -176,9 +185,9 @@ def box_mask(boxes: Tensor, valid: Tensor, height: int, width: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Row:
-    """One row. `broken` says why it cannot be used ("reason: detail"), None if nothing is known against it.
+    """One row. `broken` says why it cannot be used, None if nothing is known against it.
 
-    bucket, found and frame_rate are filled in by `check`; start: seconds, where the target's own frames begin.
+    bucket, found and frame_rate are filled in by `check`; start: seconds, where the target begins.
     """
 
     number: int
@@ -194,17 +203,18 @@ class Row:
     start: float = 0.0
 
     def own_frames(self) -> range:
-        """Which of the clip's stored frames the target is made of: from the first to the last of them."""
-        times = clip_times(self.bucket.frames, self.frame_rate, self.start)
-        own = list(nearest(zip(self.found.times, range(len(self.found.times)), strict=True), times))
+        """The stored frames that the target is made of: from the first to the last of them."""
+        numbered = ((time, k) for k, time in enumerate(self.found.times))
+        own = list(nearest(numbered, clip_times(self.bucket.frames, self.frame_rate, self.start)))
         return range(own[0], own[-1] + 1)
 
 
-def read_manifest(path: str | Path, allow_outside: bool = False, roots: Sequence[str | Path] = ()) -> list[Row]:
-    """Rows of a manifest, the unusable ones with `broken` set. Numbers: lines of a JSONL file, else rows from 1.
+def read_manifest(path: str | Path, allow_outside: bool = False, roots: Sequence[str | Path] = ()
+                  ) -> list[Row]:
+    """Rows of a manifest, numbered from 1 (JSONL: by line), the unusable ones with `broken` set.
 
-    roots: folders, beside the manifest's own, that paths may lead into; allow_outside: anywhere. Symbolic links are
-    followed first. Raises ValueError only when the manifest itself cannot be read, or holds no row.
+    roots: more folders that paths may lead into; allow_outside: anywhere. Raises ValueError only
+    when the manifest itself cannot be read, or holds no row.
     """
     path = Path(path)
     folders = [Path(root).resolve() for root in (path.parent, *roots)]
@@ -216,10 +226,10 @@ def read_manifest(path: str | Path, allow_outside: bool = False, roots: Sequence
 
 def _read_table(path):
     try:
-        text = read_text(path)
-        kind = path.suffix.lower()
+        text, kind = read_text(path), path.suffix.lower()
         if kind in (".jsonl", ".ndjson"):
-            return [(n, _parse_line(line)) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+            lines = enumerate(text.split("\n"), 1)
+            return [(number, _parse_line(line)) for number, line in lines if line.strip()]
         if kind == ".csv":
             data = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
         elif kind == ".json":
@@ -230,7 +240,8 @@ def _read_table(path):
         if not isinstance(data, list):
             raise ValueError("no list inside")
     except (OSError, ValueError, csv.Error) as error:
-        raise ValueError(f"expected a manifest (.jsonl, .json or .csv), got {path}: {error}; see the README") from None
+        raise ValueError(f"expected a manifest (.jsonl, .json or .csv), got {path}: {error}; "
+                         "see docs/clips.md") from None
     return list(enumerate(data, 1))
 
 
@@ -243,28 +254,35 @@ def _parse_line(line):
 
 def _make_row(number, data, folders, allow_outside):
     try:
-        if isinstance(data, Unusable):
-            raise data
-        if not isinstance(data, dict):
-            raise Unusable("bad row", "not a table of names and values")
-        text = {name: "" if data.get(name) is None else data[name] for name in FIELDS}
-        for name, value in text.items():
-            if not isinstance(value, str):
-                raise Unusable("bad row", f"{name} is {value!r:.40}, not a text")
-            if len(value) > LONGEST:
-                raise Unusable("bad row", f"{name} has {len(value):,} characters, more than {LONGEST:,}")
-            if any("\ud800" <= c <= "\udfff" for c in value):
-                raise Unusable("bad row", f"{name} holds half a character (a surrogate), which is no text")
-        video = text["video"] or text["media_path"]
+        text = _texts(data)
+        video, caption = text["video"] or text["media_path"], text["caption"].strip()
         if not video:
             raise Unusable("bad row", "neither video nor media_path")
-        if not text["caption"].strip():
+        if not caption:
             raise Unusable("empty caption", video)
         paths = [_locate(name, folders, allow_outside) if name else None
                  for name in (video, text["reference"], text["faces"])]
     except Unusable as error:
         return Row(number, broken=error)
-    return Row(number, paths[0], text["caption"].strip(), paths[1], text["identity"], paths[2])
+    return Row(number, paths[0], caption, paths[1], text["identity"], paths[2])
+
+
+def _texts(data):
+    """The FIELDS of a row, "" where there is nothing."""
+    if isinstance(data, Unusable):
+        raise data
+    if not isinstance(data, dict):
+        raise Unusable("bad row", "not a table of names and values")
+    text = {name: "" if data.get(name) is None else data[name] for name in FIELDS}
+    for name, value in text.items():
+        if not isinstance(value, str):
+            raise Unusable("bad row", f"{name} is {value!r:.40}, not a text")
+        if len(value) > LONGEST:
+            told = f"{name} has {len(value):,} characters, more than {LONGEST:,}"
+            raise Unusable("bad row", told)
+        if any("\ud800" <= c <= "\udfff" for c in value):
+            raise Unusable("bad row", f"{name} holds half a character (a surrogate)")
+    return text
 
 
 def _locate(name, folders, allow_outside):
@@ -285,52 +303,51 @@ def _locate(name, folders, allow_outside):
 
 @dataclass(frozen=True)
 class Report:
-    """What `check` found: rows that are used, with bucket and probe, and the others, with `broken`."""
+    """Checked rows: those that are used, with bucket and probe, and the others, with `broken`."""
 
-    used: list[Row]
-    refused: list[Row]
+    rows: list[Row]
+
+    @property
+    def used(self) -> list[Row]:
+        return [row for row in self.rows if row.broken is None]
+
+    @property
+    def refused(self) -> list[Row]:
+        return [row for row in self.rows if row.broken is not None]
 
     def lines(self) -> list[str]:
         """One line for each row that is not used, then the summary."""
         lines = [f"row {row.number}: {row.broken}" for row in self.refused]
-        total = len(self.used) + len(self.refused)
-        lines.append(f"{len(self.used)} of {total} rows are used")
+        summary = f"{len(self.used)} of {len(self.rows)} rows are used"
         for title, counts in (("not used", Counter(row.broken.reason for row in self.refused)),
                               ("buckets", Counter(str(row.bucket) for row in self.used))):
             if counts:
-                lines[-1] += f"; {title}: " + ", ".join(f"{name} {n}" for name, n in counts.most_common())
-        return lines
+                told = ", ".join(f"{name} {n}" for name, n in counts.most_common())
+                summary += f"; {title}: {told}"
+        return [*lines, summary]
 
 
-def check(manifest: str | Path, buckets: Sequence[Bucket] | None = None, frame_rate: float = 24.0,
+def check(manifest: str | Path, buckets: Sequence[Bucket], frame_rate: float = 24.0,
           allow_outside: bool = False, roots: Sequence[str | Path] = ()) -> Report:
-    """Decode every clip of a manifest once and sort the rows. Raises ValueError when the manifest is unreadable."""
-    buckets = parse_buckets(DEFAULT_BUCKETS) if buckets is None else buckets
-    return sort_rows([check_row(row, buckets, frame_rate) for row in
-                      tqdm(read_manifest(manifest, allow_outside, roots), desc="check", unit="row", disable=None)])
+    """Decode every clip of a manifest once. Raises ValueError when the manifest is unreadable."""
+    return check_rows(read_manifest(manifest, allow_outside, roots), buckets, frame_rate)
 
 
-def sort_rows(rows: Sequence[Row]) -> Report:
-    """Checked rows -> those that are used, and the others."""
-    return Report([row for row in rows if row.broken is None], [row for row in rows if row.broken is not None])
+def check_rows(rows: Sequence[Row], buckets: Sequence[Bucket], frame_rate: float) -> Report:
+    """`check` for rows that are read already."""
+    bar = tqdm(rows, desc="check", unit="row", disable=None)
+    return Report([check_row(row, buckets, frame_rate) for row in bar])
 
 
-def check_row(row: Row, buckets: Sequence[Bucket], frame_rate: float = 24.0, look: Callable[[Path], Probe] = probe
-              ) -> Row:
-    """The row with bucket and probe filled in, or with `broken`. look: decodes a clip to its end, or remembers it."""
+def check_row(row: Row, buckets: Sequence[Bucket], frame_rate: float,
+              look: Callable[[Path], Probe] = probe) -> Row:
+    """The row with bucket and probe, or with `broken`. look: decodes a clip, or remembers it."""
     if row.broken is not None:
         return row
     try:
         found = look(row.video)
         bucket = choose_bucket(found.height, found.width, found.frames(frame_rate), buckets)
-        faces = None if row.faces is None else _check_faces(row.faces, found)
-        if row.reference is not None:
-            try:
-                picture = open_picture(row.reference)
-            except Unusable as error:
-                raise Unusable("bad reference", error.detail) from None
-            if faces is not None and faces.reference is not None:
-                _same_shape(row.faces, faces.reference.size, picture.height, picture.width, "reference")
+        _check_files(row, found)
     except Unusable as error:
         return replace(row, broken=error)
     except OSError as error:  # no permission, a name too long
@@ -340,27 +357,37 @@ def check_row(row: Row, buckets: Sequence[Bucket], frame_rate: float = 24.0, loo
     return replace(row, bucket=bucket, found=found, frame_rate=frame_rate)
 
 
-def _check_faces(path, found):
-    try:
-        faces = load_faces(path)
-    except ValueError as error:
-        raise Unusable("bad faces file", error) from None
-    _same_shape(path, faces.size, found.height, found.width, "clip")
-    return faces
+def _check_files(row, found):
+    """The row's faces file and reference picture can be read, and fit each other and the clip."""
+    if row.faces is not None:
+        try:
+            faces = load_faces(row.faces)
+        except ValueError as error:
+            raise Unusable("bad faces file", error) from None
+        _same_shape(row.faces, faces.size, (found.height, found.width), "clip")
+    if row.reference is not None:
+        try:
+            picture = open_picture(row.reference)
+        except Unusable as error:
+            raise Unusable("bad reference", error.detail) from None
+        if row.faces is not None and faces.reference is not None:
+            _same_shape(row.faces, faces.reference.size, picture.size[::-1], "reference")
 
 
-def _same_shape(path, size, height, width, what):
-    if abs(math.log(size[0] / size[1] * width / height)) > 0.02:
-        raise Unusable("bad faces file", f"{path.name}: size {size[0]}x{size[1]} has another shape than the {what}'s "
-                                         f"{height}x{width}; detect on upright pictures")
+def _same_shape(path, size, seen, what):
+    if abs(math.log(size[0] / size[1] * seen[1] / seen[0])) > 0.02:
+        told = f"{path.name}: size {size[0]}x{size[1]} has another shape than the {what}'s"
+        raise Unusable("bad faces file", f"{told} {seen[0]}x{seen[1]}; detect on upright pictures")
 
 
 # ------------------------------------------------------------ references
 
 
 class Drawn(NamedTuple):
-    """A reference. source: "given", "other clip", "other moment" or "own frame"; box (4,), landmarks (5, 2) in the
-    picture's pixels, None where a faces file does not say."""
+    """A reference. source: "given", "other clip", "other moment" or "own frame".
+
+    box (4,), landmarks (5, 2) in the picture's pixels, None where a faces file does not say.
+    """
 
     picture: Image.Image
     source: str
@@ -369,22 +396,23 @@ class Drawn(NamedTuple):
 
 
 def draw_reference(rows: Sequence[Row], i: int, generator: torch.Generator) -> Drawn:
-    """A picture of the person in row i, for reference.letterbox.
+    """A picture of the person in row i, for reference.letterbox. rows: `Report.used`.
 
-    our reading: the row's own picture; else a frame of another clip of the same identity; else a frame of the same clip
-    outside the target's own span; only where none of these exists a frame of the target itself (the paper wants the
-    person, not the picture, to be copied). With a faces file, a frame with a face is preferred. rows: `Report.used`.
+    our reading: the row's own picture; else a frame of another clip of the same identity; else a
+    frame of the same clip outside the target; only where none of these exists a frame of the target
+    itself. With a faces file, a frame with a face is preferred.
     """
     row = rows[i]
     if row.reference is not None:
         return _given(row)
-    others = [other for other in rows if row.identity and other.identity == row.identity and other.video != row.video]
+    others = [other for other in rows
+              if row.identity and other.identity == row.identity and other.video != row.video]
     if others:
         row = others[_randint(len(others), generator)]
-        return _draw_frame(row, list(range(len(row.found.times))), "other clip", generator)
+        return _draw_frame(row, range(len(row.found.times)), "other clip", generator)
     own = row.own_frames()
     rest = [k for k in range(len(row.found.times)) if k not in own]
-    return _draw_frame(row, rest or list(own), "other moment" if rest else "own frame", generator)
+    return _draw_frame(row, rest or own, "other moment" if rest else "own frame", generator)
 
 
 def _given(row):
@@ -392,25 +420,29 @@ def _given(row):
     face = load_faces(row.faces).reference if row.faces is not None else None
     if face is None:
         return Drawn(picture, "given", None, None)
-    scale = torch.tensor([picture.width / face.size[1], picture.height / face.size[0]])   # (x, y)
+    scale = torch.tensor([picture.width / face.size[1], picture.height / face.size[0]])  # x, y
     marks = None if face.landmarks is None else face.landmarks * scale
     return Drawn(picture, "given", face.box * scale.repeat(2), marks)
 
 
 def _draw_frame(row, indices, source, generator):
-    probe, boxes, marks = row.found, None, None
+    found, seen, box, marks = row.found, [], None, None
     if row.faces is not None:
-        whole = Bucket(probe.height, probe.width, 1)
-        boxes, marks, valid = faces_for_clip(load_faces(row.faces), whole, cover(*whole[:2], whole), probe.times)
+        stored = Bucket(found.height, found.width, 1)
+        crop = cover(found.height, found.width, stored)  # nothing is cropped away
+        boxes, landmarks, valid = faces_for_clip(load_faces(row.faces), stored, crop, found.times)
         seen = [k for k in indices if valid[k]]
-        indices, boxes = seen or indices, boxes if seen else None
-    wanted = indices[_randint(len(indices), generator)]
-    frame = frame_at(row.video, probe.times, wanted)
+    choice = seen or indices
+    wanted = choice[_randint(len(choice), generator)]
+    if seen:
+        box = boxes[wanted]
+        if landmarks is not None and not landmarks[wanted].isnan().any():
+            marks = landmarks[wanted]
+    frame = frame_at(row.video, found.times, wanted)
     picture = Image.fromarray(frame.pixels())
-    if picture.size != (frame.width, frame.height):
+    if picture.size != (frame.width, frame.height):  # its pixels are not square
         picture = picture.resize((frame.width, frame.height), Image.Resampling.BILINEAR)
-    landmarks = None if boxes is None or marks is None or marks[wanted].isnan().any() else marks[wanted]
-    return Drawn(picture, source, None if boxes is None else boxes[wanted], landmarks)
+    return Drawn(picture, source, box, marks)
 
 
 def _randint(count, generator):
@@ -421,34 +453,38 @@ def _randint(count, generator):
 
 
 def add_manifest_arguments(p: argparse.ArgumentParser) -> None:
-    """The arguments that say which clips: also those of cache.py."""
-    p.add_argument("manifest", type=Path, help="JSONL, JSON or CSV, one row for each clip")
-    p.add_argument("--buckets", default=DEFAULT_BUCKETS, help="height x width x frames, separated by commas")
-    p.add_argument("--frame-rate", type=float, default=24.0, help="of the latents, whatever the files have")
-    p.add_argument("--root", action="append", default=[], help="a folder that paths may lead into; repeatable")
-    p.add_argument("--allow-outside", action="store_true", help="paths may lead anywhere")
+    """The arguments that say which clips: also those of clips/cache.py."""
+    add = p.add_argument
+    add("manifest", type=Path, help="JSONL, JSON or CSV, one row for each clip")
+    add("--buckets", default=DEFAULT_BUCKETS, help="height x width x frames, separated by commas")
+    add("--frame-rate", type=float, default=24.0, help="of the latents, whatever the files have")
+    add("--root", action="append", default=[], help="a folder that paths may lead into; repeatable")
+    add("--allow-outside", action="store_true", help="paths may lead anywhere")
 
 
 def check_arguments(args: argparse.Namespace, time_scale: int, space_scale: int,
-                    check: Callable[..., Report] = check) -> Report:
-    """`check` (or cache.check_once) with the arguments of `add_manifest_arguments`; prints the report. Raises ValueError."""
+                    check: Callable[..., Report] = check_rows) -> Report:
+    """`check_rows` (or cache.check_once) with the arguments above; prints the report."""
     if not 0 < args.frame_rate < 1e6:
-        raise ValueError(f"expected a frame rate above 0, got {args.frame_rate}; use for example 24")
+        raise ValueError(f"expected a frame rate above 0, got {args.frame_rate}; "
+                         "use for example 24")
     buckets = parse_buckets(args.buckets, time_scale, space_scale)
-    report = check(args.manifest, buckets, args.frame_rate, args.allow_outside, args.root)
+    rows = read_manifest(args.manifest, args.allow_outside, args.root)
+    report = check(rows, buckets, args.frame_rate)
     print("\n".join(report.lines()))
     return report
 
 
 def main(words: list[str] | None = None) -> int:
-    """Exit status: 0 every row is used, 1 some are not, 2 the manifest (or another argument) cannot be used."""
+    """Exit status: 0 every row is used, 1 some are not, 2 the manifest or a setting is no good."""
     p = Parser("clips.manifest", description=__doc__.split("\n")[0])
     c = p.add_subparsers(dest="command").add_parser(
         "check", help="say how many rows are used and why each other one is not",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_manifest_arguments(c)
-    c.add_argument("--time-scale", type=int, default=8, help="the VAE's frames per latent frame (tiny: 4)")
-    c.add_argument("--space-scale", type=int, default=32, help="the VAE's pixels per latent cell (tiny: 8)")
+    add = c.add_argument
+    add("--time-scale", type=int, default=8, help="the VAE's frames per latent frame (tiny: 4)")
+    add("--space-scale", type=int, default=32, help="the VAE's pixels per latent cell (tiny: 8)")
     args = p.parse_args(words)
     if args.command is None:
         p.print_help()
@@ -457,8 +493,10 @@ def main(words: list[str] | None = None) -> int:
 
     def work() -> None:
         if min(args.time_scale, args.space_scale) < 1:
-            raise ValueError(f"expected scales of at least 1, got {args.time_scale} and {args.space_scale}; see --help")
+            raise ValueError(f"expected scales of at least 1, got {args.time_scale} and "
+                             f"{args.space_scale}; see --help")
         refused.extend(check_arguments(args, args.time_scale, args.space_scale).refused)
+
     return command("clips.manifest", work, "nothing was written") or int(bool(refused))
 
 

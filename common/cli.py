@@ -1,16 +1,17 @@
 """What every command does: its flags, its refusals in one line, and how it ends.
 
-The idea. Somebody who types a wrong number, a folder that cannot be written, or Ctrl-C wants one line that says what
-to do, and no half-written file. So argparse complains in one line, checks raise ValueError("expected ..., got ...; what
-to do"), and `command` turns that, a full disk or a signal into a line and an exit status: 2 for what a user can mend,
-130 after Ctrl-C, 143 after SIGTERM. A mistake of ours keeps its traceback.
+The idea. Somebody who types a wrong number, a folder that cannot be written, or Ctrl-C wants one
+line that says what to do, and no half-written file. So argparse complains in one line, checks
+raise ValueError("expected ..., got ...; what to do"), and `command` turns that, a full disk or a
+signal into a line and an exit status: 2 for what a user can mend, 130 after Ctrl-C, 143 after
+SIGTERM. A mistake of ours keeps its traceback.
 
 ST-DRC (arXiv 2606.02441) says nothing of this; our reading: all of it.
 
     def main(words: list[str] | None = None) -> int:
         return command("mine.py", lambda: work(parse_arguments(words)))
 
-Read next: ltx/checkpoint.py
+Read next: common/seeds.py
 """
 
 from __future__ import annotations
@@ -34,41 +35,55 @@ from common.files import one_line
 MOST_TOLD = 500  # characters of an error line: fits a screen
 
 
+def warn(text: str) -> None:
+    """What works, but perhaps not as hoped: a line that nobody can take for an error."""
+    print(f"warning: {text}", flush=True)
+
+
 class Parser(argparse.ArgumentParser):
     """One line per mistake; argparse alone prints the whole usage first."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {one_line(message, MOST_TOLD)}; see {self.prog} --help\n")
+        told = one_line(message, MOST_TOLD)
+        self.exit(2, f"{self.prog}: error: {told}; see {self.prog} --help\n")
 
 
 def check_ranges(args: argparse.Namespace, ranges: dict[str, tuple[float, float]]) -> None:
-    """Raise ValueError for a number outside its range, both ends included. None passes; NaN fails every comparison."""
+    """Raise ValueError for a number outside its range, both ends included. None passes; NaN fails
+    every comparison."""
     for name, (low, high) in ranges.items():
         given = getattr(args, name)
         for value in given if isinstance(given, list) else [given]:
             if value is not None and not low <= value <= high:
-                raise ValueError(f"expected --{name.replace('_', '-')} between {low} and {high:g}, got {value}; see --help")
+                raise ValueError(f"expected --{name.replace('_', '-')} between {low} and "
+                                 f"{high:g}, got {value}; see --help")
 
 
 def check_folder(folder: Path) -> None:
-    """Raise ValueError unless files can be written there, or the folder can be made: now, and not after the first hour."""
+    """Raise ValueError unless files can be written there, or the folder can be made: now, and not
+    after the first hour."""
     there = next(p for p in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(p))
     try:
-        with tempfile.TemporaryFile(dir=there):  # permission bits alone miss files and read-only disks
+        with tempfile.TemporaryFile(dir=there):  # permission bits alone miss read-only disks
             pass
     except OSError as error:
-        raise ValueError(f"expected a folder to write in, got {folder} ({error.strerror}); choose another") from None
+        raise ValueError(f"expected a folder to write in, got {folder} ({error.strerror}); "
+                         "choose another") from None
 
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Inside, Ctrl-C and SIGTERM raise KeyboardInterrupt(their number), wherever the program was started from."""
+    """Inside, Ctrl-C and SIGTERM raise KeyboardInterrupt(their number), wherever the program was
+    started from."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+
     def stop(number: int, frame: object) -> None:
-        sys.unraisablehook = lambda _: None  # a progress bar that was just being made complains when it is thrown away
+        # a progress bar that is thrown away half made complains
+        sys.unraisablehook = lambda _: None
         raise KeyboardInterrupt(number)
+
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
@@ -79,7 +94,8 @@ def stoppable() -> Iterator[None]:
 
 def command(name: str, work: Callable[[], object], stopped: str = "the same command goes on",
             smaller: str = "take fewer or smaller clips at a time") -> int:
-    """Run a script's work; its exit status. What a user can mend is one line and 2; stopped by Ctrl-C 130, SIGTERM 143.
+    """Run a script's work; its exit status. What a user can mend is one line and 2; stopped by
+    Ctrl-C 130, SIGTERM 143.
 
     stopped: what is said then; smaller: what to do when memory does not suffice.
     During the steps of a run both signals are only noted, see `Run.signals`.
@@ -90,7 +106,8 @@ def command(name: str, work: Callable[[], object], stopped: str = "the same comm
             work()
         return 0
     except KeyboardInterrupt as signalled:
-        status, told = 128 + (signalled.args[0] if signalled.args else signal.SIGINT), f"stopped; {stopped}"
+        status = 128 + (signalled.args[0] if signalled.args else signal.SIGINT)
+        told = f"stopped; {stopped}"
     except (ValueError, OSError, SafetensorError, MemoryError, RuntimeError) as error:
         status, told = 2, one_line(error, MOST_TOLD)
         if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in told):
@@ -98,7 +115,7 @@ def command(name: str, work: Callable[[], object], stopped: str = "the same comm
         elif isinstance(error, RuntimeError):
             raise  # a mistake of ours, which needs its traceback
         told = "error: " + told + ("" if "; " in told else "; check that file and the free space")
-    gc.collect()  # frees what the error kept alive, by now: progress bars are closed, and their lines ended
+    gc.collect()  # frees what the error kept alive: progress bars are closed, their lines ended
     print(f"{name}: {told}", file=sys.stderr)
     sys.unraisablehook = hook
     return status

@@ -1,12 +1,13 @@
 """Files: written whole or not at all, and what stands in other people's read with bounds.
 
-The idea. A program can be killed at any moment, and whoever reads the file next must not find half of it. So
-everything is written under a hidden name in the same folder and renamed when it is complete: a rename cannot be half done. What is
-read from outside (JSON, names, error texts of libraries) is bounded before it is believed: a file of a hundred bytes
-can announce a gigabyte, and a name can hold characters that steer a terminal.
+The idea. A program can be killed at any moment, and whoever reads the file next must not find half
+of it. So everything is written under a hidden name in the same folder and renamed when it is
+complete: a rename cannot be half done. What is read from outside (JSON, names, error texts of
+libraries) is bounded before it is believed: a file of a hundred bytes can announce a gigabyte, and
+a name can hold characters that steer a terminal.
 
-ST-DRC (arXiv 2606.02441) says nothing of this; our reading: all of it. Nothing here calls fsync: a power cut may
-still cost the last file.
+ST-DRC (arXiv 2606.02441) says nothing of this; our reading: all of it. Nothing here calls fsync: a
+power cut may still cost the last file.
 
     atomic_write("out.json", lambda path: path.write_text("{}"))
     settings = parse_json(read_text(Path("config.json")))
@@ -32,14 +33,15 @@ JSON_DEPTH = 32  # our reading: LTX-2.3's config has 5 levels; a thousand would 
 def temp_path(path: Path) -> Path:
     """The hidden name, in the same folder, under which a file is written before it is renamed.
 
-    Random rather than the number of the process: several machines may write to one shared folder. The ending stays,
-    since some writers choose their format by it.
+    Random rather than the number of the process: several machines may write to one shared folder.
+    The ending stays, since some writers choose their format by it.
     """
     return path.with_name(f".{path.stem[:60]}.{secrets.token_hex(8)}.tmp{path.suffix}")
 
 
 def atomic_write(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Call `write(temporary path)`, then rename onto `path`: a reader sees the old file or the new, never half of one.
+    """Call `write(temporary path)`, then rename onto `path`: a reader sees the old file or the
+    new, never half of one.
 
     Makes the folder. Raises OSError, one line, also for a full disk that safetensors met.
     """
@@ -50,13 +52,15 @@ def atomic_write(path: str | Path, write: Callable[[Path], object]) -> None:
         write(temporary)
         os.replace(temporary, path)
     except SafetensorError as error:  # the library has a type of its own for it
-        raise OSError(f"cannot write {path}: {error}; make room, or choose another folder") from None
+        raise OSError(f"cannot write {path}: {error}; make room, or choose another folder"
+                      ) from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def sweep(folder: Path, seconds: float = 0) -> None:
-    """Delete what killed programs left of `atomic_write` in a folder and nobody has written to for so many seconds."""
+    """Delete what killed programs left of `atomic_write` in a folder and nobody has written to for
+    so many seconds."""
     for path in folder.glob(f".*.{'[0-9a-f]' * 16}.tmp*"):
         try:
             if time.time() - path.stat().st_mtime >= seconds:
@@ -105,7 +109,8 @@ def parse_json(text: str | bytes) -> Any:
 def write_json(path: Path, record: dict, indent: int | None = None) -> None:
     """A record as JSON. NaN, which is no JSON, becomes null."""
     standard = json.loads(json.dumps(record), parse_constant=lambda word: None)
-    atomic_write(path, lambda p: p.write_text(json.dumps(standard, indent=indent) + "\n", encoding="utf-8"))
+    text = json.dumps(standard, indent=indent) + "\n"
+    atomic_write(path, lambda p: p.write_text(text, encoding="utf-8"))
 
 
 def read_json(path: Path) -> dict:
@@ -115,5 +120,6 @@ def read_json(path: Path) -> dict:
     except ValueError:
         record = None
     if not isinstance(record, dict):
-        raise ValueError(f"expected a JSON object in {path}, got something else; delete it and run again")
+        raise ValueError(f"expected a JSON object in {path}, got something else; delete it and run "
+                         "again")
     return record

@@ -1,38 +1,35 @@
 """The checkpoint file: one safetensors file whose header says which model it holds.
 
-A safetensors file is a table of names, types, shapes and offsets, then the raw numbers. Opening one costs nothing
-but the table: the numbers are mapped into memory and fetched from disk when somebody reads them. So a 46 GB file
-(video, sound, vocoder, text connector, VAE) can be read for its video part alone on a machine with less memory than the
-file has bytes. The naive way, building a model full of random numbers and copying a whole file over them, would need
-the weights three times at once.
+The idea. A safetensors file is a table of names, types, shapes and offsets, then the raw numbers.
+Opening one costs no more than the table: the numbers are mapped into memory and fetched from disk
+when somebody reads them. So a 46 GB file (video, sound, text connector, VAE) can be read for its
+video part alone on a machine with less memory than that. The naive way, a model full of random
+numbers and a whole file copied over them, would need the weights three times at once.
 
-Each tensor gets a map of its own. One map of the whole file would be simpler, but Linux refuses a private map larger
-than the machine's memory ("Cannot allocate memory" before a single number is read), and a map lives as long as any
-tensor in it: converting bf16 to float32 would keep every source page until the last tensor is done.
+Each tensor gets a map of its own. Linux refuses one private map larger than the machine's memory,
+and a map lives as long as any tensor in it: converting bf16 to float32 would keep every page.
 
-LTX-2.3: the header carries a JSON text named "config" with the parts "transformer", "vae" and "scheduler", and a plain
-  "model_version". Tensor names are those of the module trees in model.py, vae.py and text.py behind a prefix.
-our reading: none. ST-DRC (arXiv 2606.02441) trains this model and does not change its file; what training adds to the
-  header is where the reference tokens were placed ("reference_placement").
+LTX-2.3: the header carries a JSON text named "config" with the parts "transformer", "vae" and
+  "scheduler", and a plain "model_version". Tensor names are those of our modules behind a prefix,
+  which stands beside each class (VAE_PREFIX in ltx/vae.py, ...).
+our reading: "reference_placement" in the header says where training put the reference tokens;
+  ST-DRC (arXiv 2606.02441) does not say how its model is stored.
 
-Conventions. dtype None keeps the stored type. Names that nobody asked for are never read. A file of another kind is
-named in one line (`describe`, `stranger`); a pickle, which can run code, is never opened. JSON from outside goes through
-`parse_json`, which bounds its size and depth, here and in clips.py, cache.py, tokenizer.py and lora.py.
+Conventions. dtype None keeps the stored type. Names that nobody asked for are never read. A file
+of another kind is named in one line; a pickle, which can run code, is never opened.
 
-    config = TransformerConfig.from_checkpoint(read_metadata(path)["config"]["transformer"])
-    with torch.device("meta"):                       # shapes only, no memory
-        model = VideoTransformer(config)
-    load_weights(model, path, "model.diffusion_model.", dtype=torch.bfloat16)
+    with shapes_from(path):                                       # on the meta device, no memory
+        vae = VideoVAE(read_metadata(path)["config"]["vae"])
+    load_weights(vae, path, VAE_PREFIX, dtype=torch.bfloat16)     # VideoVAE.load does all this
 
-Read next: model.py
+Read next: ltx/wrong_file.py
 """
 
 import json
 import math
 import mmap
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -42,25 +39,37 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from common.files import atomic_write, one_line, parse_json
+from ltx.wrong_file import SINGLE_FILE, describe, stranger
 
-SINGLE_FILE = "ltx-2.3-22b-dev.safetensors"  # LTX-2.3: the published checkpoint
 TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-         "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
-         "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
-MOST_LAYERS = 1000        # our reading: LTX-2.3 and its Gemma have 48; a billion would be built for ever
-# Numbers that are read of a config: type, smallest, largest, and how many where it is a list (0 = any).
-SIZES = ("in_channels", "out_channels", "latent_channels", "encoder_base_channels", "decoder_base_channels", "patch_size",
-         "num_attention_heads", "attention_head_dim", "connector_num_attention_heads", "connector_attention_head_dim",
-         "connector_num_learnable_registers", "text_max_length", "width", "height", "num_frames", "steps",
-         "schedule_tokens", "guide_every", "multiplier")
-SCALES = "text_scale", "ref_scale", "rescale", "stg_scale", "reference_psnr_floor"
-POSITIVE = "positional_embedding_theta", "norm_eps", "timestep_scale_multiplier", "frame_rate"
-LIMITS = dict.fromkeys(("num_layers", "connector_num_layers"), (int, 1, MOST_LAYERS, None))
-LIMITS |= dict.fromkeys(SIZES, (int, 1, 1e6, None)) | dict.fromkeys(SCALES, (float, 0, 1e9, None))
-LIMITS |= dict.fromkeys(POSITIVE, (float, 1e-12, 1e9, None))
-LIMITS |= {"positional_embedding_max_pos": (float, 1e-12, 1e9, 3),
-           "connector_positional_embedding_max_pos": (float, 1, 1e9, 1), "guide_range": (float, 0, 1, 2),
-           "stg_blocks": (int, 0, MOST_LAYERS, 0)}
+         "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64,
+         "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+         "BOOL": torch.bool}  # fmt: skip
+MOST_LAYERS = 1000  # our reading: LTX-2.3 and its Gemma have 48; a billion would be built for ever
+
+SIZES = ("in_channels", "out_channels", "latent_channels", "encoder_base_channels", "patch_size",
+         "decoder_base_channels", "num_attention_heads", "attention_head_dim", "multiplier",
+         "connector_num_attention_heads", "connector_attention_head_dim", "text_max_length",
+         "connector_num_learnable_registers", "width", "height", "num_frames", "steps",
+         "schedule_tokens", "guide_every")  # fmt: skip
+SCALES = ("text_scale", "ref_scale", "rescale", "stg_scale", "reference_psnr_floor")
+POSITIVE = ("positional_embedding_theta", "norm_eps", "timestep_scale_multiplier", "frame_rate")
+# Numbers of a config: type, smallest, largest; for a list also how many it holds (0: any number).
+LIMITS = {
+    **dict.fromkeys(("num_layers", "connector_num_layers"), (int, 1, MOST_LAYERS, None)),
+    **dict.fromkeys(SIZES, (int, 1, 1e6, None)),
+    **dict.fromkeys(SCALES, (float, 0, 1e9, None)),
+    **dict.fromkeys(POSITIVE, (float, 1e-12, 1e9, None)),
+    "positional_embedding_max_pos": (float, 1e-12, 1e9, 3),
+    "connector_positional_embedding_max_pos": (float, 1, 1e9, 1),
+    "guide_range": (float, 0, 1, 2),
+    "stg_blocks": (int, 0, MOST_LAYERS, 0),
+}
+
+
+def refusal(expected: str, got: object, do: str = f"use {SINGLE_FILE}") -> ValueError:
+    """An error of the form that every refusal here has."""
+    return ValueError(f"expected {expected}, got {got}; {do}")
 
 
 # ------------------------------------------------------------ reading
@@ -70,7 +79,8 @@ class Entry:
     """One row of a file's table: shape and type without reading a number."""
 
     def __init__(self, row: dict):
-        self.shape, self.type, (self.begin, self.end) = row["shape"], row["dtype"], row["data_offsets"]
+        self.shape, self.type = row["shape"], row["dtype"]
+        self.begin, self.end = row["data_offsets"]
 
     def get_shape(self) -> list[int]:
         return self.shape
@@ -81,15 +91,15 @@ class Entry:
 
 
 class TensorFile:
-    """An open safetensors file; its methods are those of the safetensors library's object of the same use.
+    """An open safetensors file, with the method names of the safetensors library.
 
-    A tensor on the CPU is a private map of its part of the file: nothing is read until it is used, writing to it does
-    not reach the file, and it stays valid after the file is closed. Raises SafetensorError or OSError when it cannot
-    be opened.
+    A tensor on the CPU is a private map of its part of the file: nothing is read until it is used,
+    writing to it does not reach the file, and it stays valid after the file is closed. Raises
+    SafetensorError or OSError when it cannot be opened.
     """
 
     def __init__(self, path: str | os.PathLike, device: str | torch.device = "cpu"):
-        # The library checks the table (types, sizes, gaps, overlaps, the file's length); "np" keeps it from mapping.
+        # The library checks the table (types, gaps, overlaps, length); "np" keeps it from mapping.
         with safe_open(path, framework="np") as file:
             self._metadata = dict(file.metadata() or {})
         self.device, self.file = device, open(path, "rb")
@@ -116,15 +126,15 @@ class TensorFile:
     def get_tensor(self, name: str) -> Tensor:
         entry = self.table[name]
         if entry.type not in TYPES:
-            raise ValueError(f"expected numbers of a usual type in {name}, got {entry.type}; use the bf16 file")
-        count = math.prod(entry.shape)
+            raise refusal(f"numbers of a usual type in {name}", entry.type, "use the bf16 file")
+        dtype, count = TYPES[entry.type], math.prod(entry.shape)
         if count == 0:
-            return torch.empty(entry.shape, dtype=TYPES[entry.type], device=self.device)
+            return torch.empty(entry.shape, dtype=dtype, device=self.device)
         begin = self.start + entry.begin
         page = begin - begin % mmap.ALLOCATIONGRANULARITY  # a map can only begin at a page
         length = self.start + entry.end - page
         area = mmap.mmap(self.file.fileno(), length, access=mmap.ACCESS_COPY, offset=page)
-        tensor = torch.frombuffer(area, dtype=TYPES[entry.type], count=count, offset=begin - page)
+        tensor = torch.frombuffer(area, dtype=dtype, count=count, offset=begin - page)
         return tensor.view(entry.shape).to(self.device)
 
 
@@ -138,95 +148,110 @@ def open_file(path: str | os.PathLike, device: str | torch.device = "cpu") -> Te
             raise FileNotFoundError(path)
         return TensorFile(path, device)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"expected a safetensors file, got {describe(Path(path), error)}") from error
+        thing = describe(Path(path), error)
+        raise ValueError(f"expected a safetensors file, got {thing}") from error
 
 
 def read_metadata(path: str | os.PathLike) -> dict:
     """Header of a checkpoint: "config" parsed from JSON, every other entry the string it is.
 
-    LTX-2.3: config has the parts "transformer", "vae", "scheduler"; "model_version" is a plain string.
-    Raises ValueError when the file is not a safetensors file, has no config, or is known to be another model.
+    Raises ValueError when the file is no safetensors file, has no config, or holds another model.
     """
     with open_file(path) as file:
         metadata, names = dict(file.metadata()), file.keys()
     if "config" in metadata:
-        try:
-            metadata["config"] = parse_json(metadata["config"])
-        except ValueError as error:
-            raise ValueError(f"expected JSON in 'config' of {path}, got {error}; the file is damaged") from error
-        if not isinstance(metadata["config"], dict):
-            got = f"{metadata['config']!r:.40}"
-            raise ValueError(f"expected an object in 'config' of {path}, got {got}; use {SINGLE_FILE}")
-        for part in ("transformer", "vae", "inference"):
-            if not isinstance(metadata["config"].get(part, {}), dict):
-                raise ValueError(f"expected an object {part!r} in the config of {path}, got another; use {SINGLE_FILE}")
-            _check_numbers(metadata["config"].get(part, {}), path)
+        metadata["config"] = _parse_config(metadata["config"], path)
     if other := stranger(metadata, names):
         raise ValueError(f"expected an LTX-2.3 checkpoint at {path}, got {other}")
     if "config" not in metadata:
         got = one_line(sorted(metadata)) if metadata else "an empty header"
-        raise ValueError(f"expected a 'config' entry in the header of {path}, got {got}; use {SINGLE_FILE}")
+        raise refusal(f"a 'config' entry in the header of {path}", got)
     return metadata
 
 
+def _parse_config(text: str, path: str | os.PathLike) -> dict:
+    try:
+        config = parse_json(text)
+    except ValueError as error:
+        raise refusal(f"JSON in 'config' of {path}", error, "the file is damaged") from error
+    if not isinstance(config, dict):
+        raise refusal(f"an object in 'config' of {path}", f"{config!r:.40}")
+    for part in ("transformer", "vae", "inference"):
+        if not isinstance(config.get(part, {}), dict):
+            raise refusal(f"an object {part!r} in the config of {path}", "another")
+        _check_numbers(config.get(part, {}), path)
+    return config
+
+
 def _check_numbers(config: dict, path: str | os.PathLike) -> None:
-    """Every number that modules will be built from is one, and is not absurd; whether it fits the tensors is seen later."""
+    """No number that modules are built from is absurd; whether it fits the tensors shows later."""
     for key, value in config.items():
-        if key in ("encoder_blocks", "decoder_blocks"):  # [["res_x", {"num_layers": 4}], ["compress_all", 2], ...]
-            if not (isinstance(value, list) and all(isinstance(b, list) and len(b) == 2 for b in value)):
-                raise ValueError(f"expected pairs in {key} in the config of {path}, got {value!r:.40}; use {SINGLE_FILE}")
-            for _, inside in value:
-                _check_numbers(inside if isinstance(inside, dict) else {"num_layers": inside}, path)
+        got = f"{value!r:.40}"
+        if key in ("encoder_blocks", "decoder_blocks"):  # [["res_x", 4], ["compress_all", 2], ...]
+            pairs = value if isinstance(value, list) else [None]
+            if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+                raise refusal(f"pairs in {key} in the config of {path}", got)
+            for _, inside in pairs:
+                inside = inside if isinstance(inside, dict) else {"num_layers": inside}
+                _check_numbers(inside, path)
         elif key in LIMITS:
             kind, least, most, count = LIMITS[key]
-            numbers = [value] if count is None else value if isinstance(value, list) and count in (0, len(value)) else [None]
-            if not all(type(n) in (int, kind) and least <= n <= most for n in numbers):  # NaN fails too
-                wanted = ("an integer" if kind is int else "a number") + (f", {count} times," if count else "")
-                raise ValueError(f"expected {wanted} from {least:g} to {most:g} for {key} in the config of {path}, got "
-                                 f"{value!r:.40}; use {SINGLE_FILE}")
+            numbers = [value] if count is None else value if isinstance(value, list) else [None]
+            right = all(type(n) in (int, kind) and least <= n <= most for n in numbers)  # NaN not
+            if not right or (count and len(numbers) != count):
+                wanted = "an integer" if kind is int else "a number"
+                wanted += f", {count} times," if count else ""
+                wanted += f" from {least:g} to {most:g} for {key}"
+                raise refusal(f"{wanted} in the config of {path}", got)
 
 
 @contextmanager
 def shapes_from(path: str | os.PathLike) -> Iterator[None]:
-    """Inside, modules are built from the config of `path` as shapes, without memory; what cannot be becomes one line."""
+    """Inside, modules are built from the config of `path` as shapes, without memory.
+
+    What cannot be built is a ValueError of one line.
+    """
     try:
         with torch.device("meta"):
             yield
     except KeyError as error:
-        raise ValueError(f"expected {one_line(error)} in the config of {path}, got none; use an LTX-2.3 checkpoint") from error
+        raise refusal(f"{one_line(error)} in the config of {path}", "none",
+                      "use an LTX-2.3 checkpoint") from error
     except ValueError as error:
         raise ValueError(one_line(error, 500)) from error
-    except (TypeError, AttributeError, IndexError, ArithmeticError, RuntimeError, AssertionError) as error:
-        raise ValueError(f"expected sizes in the config of {path}, got what no model can be built from ({one_line(error)}); "
-                         f"use {SINGLE_FILE}") from error
+    except (TypeError, AttributeError, IndexError, ArithmeticError, RuntimeError,
+            AssertionError) as error:
+        got = f"what no model can be built from ({one_line(error)})"
+        raise refusal(f"sizes in the config of {path}", got) from error
 
 
 def check_weights(module: nn.Module, path: str | os.PathLike, prefix: str) -> None:
     """Everything load_weights would refuse, found from the table alone: no number is read.
 
-    Raises ValueError naming the tensor when one is missing, has another shape or is no floating-point tensor.
+    Raises ValueError naming the tensor when one is missing, misshapen or not floating-point.
     """
     with open_file(path) as file:
         _check(file, path, module.state_dict(), prefix)
 
 
-def _check(file: TensorFile, path: str | os.PathLike, wanted: dict[str, Tensor], prefix: str) -> None:
+def _check(file: TensorFile, path: str | os.PathLike, wanted: dict[str, Tensor],
+           prefix: str) -> None:
     stored = set(file.keys())
     missing = [prefix + name for name in wanted if prefix + name not in stored]
     if missing:
         metadata = {key: value for key, value in file.metadata().items() if key != "config"}
         if other := stranger(metadata, stored):
             raise ValueError(f"expected tensor {missing[0]} in {path}, got {other}")
-        total = f"none ({len(missing)} of {len(wanted)} missing)"
-        raise ValueError(f"expected tensor {missing[0]} in {path}, got {total}; download {SINGLE_FILE} again")
+        raise refusal(f"tensor {missing[0]} in {path}",
+                      f"none ({len(missing)} of {len(wanted)} missing)",
+                      f"download {SINGLE_FILE} again")
     for name, like in wanted.items():
         entry, shape = file.get_slice(prefix + name), tuple(like.shape)
         if (found := tuple(entry.get_shape())) != shape:
-            raise ValueError(f"expected {prefix + name} of shape {shape} in {path}, got {one_line(found)}; "
-                             "use a file whose config fits its tensors")
+            raise refusal(f"{prefix + name} of shape {shape} in {path}", one_line(found),
+                          "use a file whose config fits its tensors")
         if not TYPES.get(entry.get_dtype(), torch.uint8).is_floating_point:
-            raise ValueError(f"expected floating-point numbers in {prefix + name} of {path}, got {entry.get_dtype()}; "
-                             f"use {SINGLE_FILE}")
+            raise refusal(f"floating-point numbers in {prefix + name} of {path}", entry.get_dtype())
 
 
 def load_weights(
@@ -239,11 +264,10 @@ def load_weights(
 ) -> nn.Module:
     """Fill `module` (usually built on the meta device) from a checkpoint; returns the module.
 
-    Reads exactly the names prefix + <name in the module>, one tensor at a time; everything else in the file (audio
-    branch, vocoder) is never touched. dtype None keeps the stored dtype; a parameter that the module holds in float8
-    (see memory.py) stays float8. change(name in the module, tensor) returns the tensor to use instead, before it is
-    rounded to its final type: this is where lora.py fuses.
-    Raises ValueError naming the tensor when one is missing or has another shape, before anything is read.
+    Reads exactly the names prefix + <name in the module>, one tensor at a time. What the module
+    holds in float8 (ltx/offload.py) stays float8, whatever dtype says. change(name in the module,
+    tensor) returns the tensor to use instead, before it is rounded to its final type: this is
+    where ltx/lora.py fuses. Raises ValueError as check_weights, before anything is read.
     """
     wanted, state = module.state_dict(), {}
     with open_file(path, device) as file:
@@ -256,143 +280,40 @@ def load_weights(
     return module
 
 
-# ------------------------------------------------------------ files of another kind
-
-# The first bytes of a file that is not safetensors -> what it is, what to do.
-BEGINNINGS = {
-    b"GGUF": ("a GGUF file (numbers packed for other programs)", f"use {SINGLE_FILE}"),
-    b"PK\x03\x04": ("a zip archive, the form of .pt and .ckpt files, which can run code and are never opened",
-                    "use a .safetensors file"),
-    b"\x80": ("a pickle (.pt, .ckpt, .bin), which can run code and is never opened", "use a .safetensors file"),
-    b"version https://git-lfs": ("a git-lfs pointer, not the file it points to", "run git lfs pull"),
-    b"<": ("a web page", "download the file itself, after accepting its licence where one is asked for"),
-    b"{": ("a JSON text, perhaps the index of a folder", "give the .safetensors file"),
-}  # fmt: skip
-
-
-def describe(path: Path, error: Exception) -> str:
-    """What stands at a path that cannot be opened as safetensors: "<thing> at <path>; <what to do>"."""
-    if path.is_dir():
-        if (path / "model_index.json").exists() or (path / "transformer").is_dir():
-            return f"a diffusers folder at {path}; give the single file {SINGLE_FILE} instead"
-        if (path / "tokenizer.json").exists():
-            return f"the folder of a text model at {path}; that is for --gemma-root, give {SINGLE_FILE} here"
-        return f"a folder at {path}; give the .safetensors file"
-    if not path.is_file():
-        return f"no file at {path}; check the path"
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            start = file.read(64)
-            length = int.from_bytes(start[:8], "little")  # a safetensors file: 8 bytes of length, then a JSON table
-            table = file.read(length - 56) if start[8:9] == b"{" and length < 10**8 else None
-    except OSError as problem:
-        return f"an unreadable one at {path} ({problem.strerror}); check its permissions"
-    if size == 0:
-        return f"an empty file at {path}; download it again"
-    if table is not None:
-        thing = _cut_off(start[8:] + table, length, size) or f"a damaged one ({one_line(error)})"
-        return f"{thing} at {path}; download it again"
-    for beginning, (thing, advice) in BEGINNINGS.items():
-        if start.startswith(beginning):
-            return f"{thing} at {path}; {advice}"
-    return f"a file of another kind at {path} ({one_line(error)}); use {SINGLE_FILE}"
-
-
-def _cut_off(table: bytes, length: int, size: int) -> str | None:
-    whole = 8 + length
-    if size >= whole:
-        try:
-            rows = parse_json(table[:length])
-            whole += max((row["data_offsets"][1] for name, row in rows.items() if name != "__metadata__"), default=0)
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
-            return None
-    at_least = "" if whole > 8 + length else "at least "
-    return f"a download that was cut off: {size:,} of {at_least}{whole:,} bytes" if size < whole else None
-
-
-# LTX-2.3: switches its config does not have, and what their absence means. Another value means a later model.
-LATER = {"ff_bias": True, "use_prompt_adaln_single": True, "use_keyframes_abs_pos_embedding": False,
-         "connector_ff_bias": True}  # fmt: skip
-LORA_MARKS = (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", ".lora.down.", ".lora.up.", ".dora_scale")
-DIFFUSERS_MARKS = ("proj_in.", "time_embed.", "transformer_blocks.", "encoder.", "decoder.", "connectors.")
-
-
-def stranger(metadata: dict, names: Iterable[str]) -> str | None:
-    """What a readable safetensors file is, if it is known not to be an LTX-2.3 checkpoint: "<thing>; <what to do>".
-
-    metadata: the header, "config" parsed. None when nothing speaks against the file; only positive evidence counts,
-    because a checkpoint may leave out what it does not need. LTX-2.3 has no caption_projection, which its elders have.
-    """
-    names = list(names)
-    if any(mark in name for name in names for mark in LORA_MARKS):
-        return f"a LoRA; give it with --lora, and {SINGLE_FILE} as the checkpoint"
-    config = metadata.get("config", {})
-    settings = config.get("transformer")
-    settings = settings if isinstance(settings, dict) else {}
-    if other := generation(metadata.get("model_version", ""), settings, names):
-        return f"{other}; use {SINGLE_FILE}"
-    if any(name.endswith((".weight_scale", ".scale_weight", ".weight_scale_2")) for name in names):
-        return f"weights packed with scales (an fp8 or fp4 file); use {SINGLE_FILE}, which is bf16"
-    if not config and any(name.endswith("embed_tokens.weight") for name in names):
-        return f"a text model without a 'config' entry; that is for --gemma-root, use {SINGLE_FILE} here"
-    if not config and names and all(name.startswith(DIFFUSERS_MARKS) for name in names):
-        return f"one part of a diffusers folder, without a 'config' entry; use the single file {SINGLE_FILE}"
-    return None
-
-
-def generation(version: str, settings: dict, names: list[str]) -> str | None:
-    """Which relative of LTX-2.3 a file holds and how that shows; None when it may be LTX-2.3.
-
-    version: "model_version" of the header; settings: config["transformer"]; names: of all tensors.
-    """
-    number = re.match(r"(\d+)\.(\d+)", version)
-    release = (int(number[1]), int(number[2])) if number else (2, 3)
-    kind = settings.get("_class_name")
-    elder = any("caption_projection." in name for name in names)
-    sound = any("audio" in name for name in names)
-    if kind == "Transformer3DModel" or release < (1, 0) or (elder and not sound and kind is None and not number):
-        told = (f"_class_name {one_line(kind)}" if kind else f"model_version {version!r:.40}" if number else
-                "caption_projection tensors")  # fmt: skip
-        return f"LTX-Video 0.9, an older model ({told})"
-    if release < (2, 3) or elder or (kind == "AVTransformer3DModel" and "cross_attention_adaln" not in settings):
-        told = (f"model_version {version!r:.40}" if release < (2, 3) else
-                "caption_projection tensors" if elder else "no cross_attention_adaln in its config")  # fmt: skip
-        return f"LTX-2.0, an older model ({told})"
-    later = [f"{key} = {one_line(settings[key])}" for key, value in LATER.items() if settings.get(key, value) != value]
-    later += ["a tensor keyframes_abs_pos_embedding" for name in names if name.endswith("keyframes_abs_pos_embedding")]
-    if release > (2, 3) or later:
-        told = f"model_version {version!r:.40}" if release > (2, 3) else later[0]
-        return f"LTX-{one_line(version, 40) if release > (2, 3) else '2.5'}, a later model ({told})"
-    return None
+def finite(numbers: Tensor, source: str,
+           do: str = "use --dtype float32, or download the weights again") -> Tensor:
+    """Numbers as they are; a damaged file shows where it is used and not later, in the picture."""
+    if not numbers.isfinite().all():
+        raise refusal(f"finite numbers from {source}", "NaN or infinity", do)
+    return numbers
 
 
 # ------------------------------------------------------------ writing
 
 
-def save_checkpoint(
-    path: str | os.PathLike, tensors: dict[str, Tensor], config: dict, metadata: dict[str, str] | None = None
-) -> None:
-    """Write one file of the form LTX-2.3 uses: named tensors, the config as JSON in the header.
+def save_checkpoint(path: str | os.PathLike, tensors: dict[str, Tensor], config: dict,
+                    metadata: dict[str, str] | None = None) -> None:
+    """Write one file of LTX-2.3's form: named tensors, the config as JSON in the header.
 
-    The file is written beside its place and moved there at the end, so an interrupted run leaves no half file.
-    Extra metadata must be strings. Raises ValueError otherwise, OSError when the disk is full.
+    Raises ValueError for metadata that is no string, OSError when the disk is full.
     """
-    write_file(path, tensors, {"config": json.dumps(config), "model_version": "2.3.0", **(metadata or {})})
+    header = {"config": json.dumps(config), "model_version": "2.3.0", **(metadata or {})}
+    write_file(path, tensors, header)
 
 
-def write_file(path: str | os.PathLike, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def write_file(path: str | os.PathLike, tensors: dict[str, Tensor],
+               metadata: dict[str, str]) -> None:
     """Any safetensors file, whole or not at all. Raises as save_checkpoint does."""
     wrong = [key for key, value in metadata.items() if not isinstance(value, str)]
     if wrong:
-        raise ValueError(f"expected metadata strings, got another type for {wrong[0]!r}; convert it with str()")
+        raise refusal("metadata strings", f"another type for {wrong[0]!r}", "convert it with str()")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     atomic_write(path, lambda p: save_file(tensors, p, metadata=metadata))
 
 
-def save_changed(path: str | os.PathLike, base: str | os.PathLike, changed: dict[str, Tensor], metadata: dict[str, str]
-                 ) -> None:
-    """A copy of the checkpoint `base` with some of its tensors changed, and with this metadata beside its config."""
+def save_changed(path: str | os.PathLike, base: str | os.PathLike, changed: dict[str, Tensor],
+                 metadata: dict[str, str]) -> None:
+    """A copy of the checkpoint `base`, some tensors changed, this metadata beside its config."""
     with open_file(base) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys() if name not in changed} | changed
-    save_checkpoint(path, tensors, read_metadata(base)["config"], metadata)
+        kept = {name: file.get_tensor(name) for name in file.keys() if name not in changed}
+    save_checkpoint(path, kept | changed, read_metadata(base)["config"], metadata)

@@ -1,27 +1,26 @@
 """LoRA: train and carry a small correction instead of 13 billion weights.
 
-A linear layer W gets a second path of low rank, W x + B (A x); W stays frozen, and only A and B are trained, saved and
-handed on. At rank 32 that is a file of a third of a gigabyte instead of 26.
+The idea. A linear layer W gets a second path of low rank, W x + B (A x); W stays frozen, and only A
+and B are trained, saved and handed on. At rank 32 that is a third of a gigabyte instead of 26.
 
-The failure to prevent: every tool spells the names in the file its own way, and a loader that skips what it does not
-know leaves the base model as it was without a word. Here every key is understood, or belongs to the audio half that
-this program leaves out, or is an error that names it, before the first weight changes. Understood, for one linear:
-  diffusion_model.transformer_blocks.0.attn1.to_q.lora_A.weight     LTX-2.3's own tools; save_lora writes this
-  transformer.transformer_blocks.0.attn1.to_q.lora_A.weight         Diffusers; also without any prefix
-  lora_unet_transformer_blocks_0_attn1_to_q.lora_down.weight        ComfyUI and kohya; with or without an .alpha
+The failure to prevent: every tool spells the names in the file its own way, and a loader that skips
+what it does not know leaves the base model as it was without a word. Here every key is understood,
+or belongs to the audio half that this program leaves out, or is an error that names it. Understood:
+  diffusion_model.transformer_blocks.0.attn1.to_q.lora_A.weight     LTX's own tools; what we write
+  transformer.transformer_blocks.0.attn1.to_q.lora_A.weight         Diffusers; also without prefix
+  lora_unet_transformer_blocks_0_attn1_to_q.lora_down.weight        kohya; also with an .alpha
 
-LTX-2.3: which layers, rank and alpha: those of its published in-context LoRA recipe; the names in the file.
-our reading: that ST-DRC (arXiv 2606.02441) is trained this way. The paper shows that the transformer is trained, not how.
+LTX-2.3: the names in the file; layers, rank and alpha are those of its in-context LoRA recipe.
+our reading: that ST-DRC (arXiv 2606.02441) is trained this way. The paper does not say how.
 
-Conventions. A (rank, in), B (out, rank); a file's scale is alpha / rank, or 1 without an alpha. strength 0 = off.
-"Fused" means added into W for good, "applied" means kept beside it; several LoRAs add up, in any order.
+Conventions. A (rank, in), B (out, rank); a file's scale is alpha / rank, or 1 without an alpha.
+Strength 0 is off. A LoRA that is used is added into W ("fused"); several add up, in any order.
 
-    add_lora(model, rank=32, alpha=32)                                      # train the parameters it returns
+    add_lora(model, rank=32, alpha=32)                         # train the parameters it returns
     save_lora("st-drc.safetensors", model, {"reference_placement": "tass"})
-    metadata = load_lora(other_model, "st-drc.safetensors", strength=1.0)   # fused; with fuse=False: applied
-    change = lora_changes(model_on_meta, [("a.safetensors", 1.0), ("b.safetensors", 0.5)])     # for load_weights
+    metadata = load_lora(other_model, "st-drc.safetensors", strength=1.0)
 
-Read next: memory.py
+Read next: ltx/offload.py
 """
 
 import math
@@ -38,128 +37,117 @@ from common.files import one_line, parse_json
 from ltx.checkpoint import open_file, write_file
 
 # LTX-2.3: the modules of the published in-context LoRA recipe.
-LORA_TARGETS = tuple(f"{attn}.{name}" for attn in ("attn1", "attn2") for name in ("to_q", "to_k", "to_v", "to_out.0"))
-LORA_TARGETS += ("ff.net.0.proj", "ff.net.2")
+LORA_TARGETS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0",
+                "attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0",
+                "ff.net.0.proj", "ff.net.2")
 LORA_PREFIX = "diffusion_model."
 
 # ---------------------------------------------------------------- training one, and writing it
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear plus a low-rank correction: base(x) + scale * B(A(x)). x (..., in) -> (..., out).
+    """A frozen linear plus a correction: base(x) + scale * B(A(x)). x (..., in) -> (..., out).
 
-    base: anything that is called like a linear and has weight, in_features, out_features: nn.Linear, a linear that
-    stores its weight in another type, or another LoRALinear, which is how several stack. A (rank, in) and B (out, rank)
-    are kept in float32 whatever the base has.
+    A (rank, in) and B (out, rank) are float32 whatever the base has.
     """
 
     def __init__(self, base: nn.Module, A: Tensor, B: Tensor, scale: float):
         super().__init__()
-        device = base.weight.device
-        self.base = base
-        self.scale = scale
+        self.base, self.scale = base, scale
         self.in_features, self.out_features = base.in_features, base.out_features
-        self.lora_A = nn.Parameter(A.to(device, torch.float32))
-        self.lora_B = nn.Parameter(B.to(device, torch.float32))
-
-    @property
-    def weight(self) -> Tensor:
-        return self.base.weight
+        self.lora_A = nn.Parameter(A.to(base.weight.device, torch.float32))
+        self.lora_B = nn.Parameter(B.to(base.weight.device, torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.base(x)
+        out = self.base(x)                                    # (..., out)
         low = F.linear(x.to(self.lora_A.dtype), self.lora_A)  # (..., rank)
         return out + (F.linear(low, self.lora_B) * self.scale).to(out.dtype)
 
 
-def add_lora(
-    model: nn.Module, rank: int = 32, alpha: float = 32, targets: Iterable[str] = LORA_TARGETS
-) -> list[nn.Parameter]:
-    """Freeze the model, wrap every linear whose name ends in a target, return the new parameters to train.
+def add_lora(model: nn.Module, rank: int = 32, alpha: float = 32,
+             targets: Iterable[str] = LORA_TARGETS) -> list[nn.Parameter]:
+    """Freeze the model, wrap every linear whose name ends in a target; returns what to train.
 
-    our reading: rank, alpha and targets of LTX's in-context LoRA recipe. B starts at zero, so nothing changes at first.
-    The wrapped linear's own weight moves to "<name>.base.weight". Raises ValueError on a rank below 1, when a target
-    matches nothing, or when the model has a LoRA already.
+    our reading: rank, alpha and targets of LTX's in-context LoRA recipe. B starts at zero, so
+    nothing changes at first. A wrapped linear's own weight moves to "<name>.base.weight". Raises
+    ValueError on a rank below 1, when a target matches nothing, or when there is a LoRA already.
     """
     if rank < 1:
         raise ValueError(f"expected a rank of at least 1, got {rank}; 32 is usual")
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise ValueError("expected a model without LoRA, got one that has it; load a fresh model")
-    ends = [f".{target}" for target in targets]
-    linears = {name: linear for name, linear in _linears(model).items() if f".{name}".endswith(tuple(ends))}
+    ends = tuple(f".{target}" for target in targets)
+    linears = {n: linear for n, linear in _linears(model).items() if f".{n}".endswith(ends)}
     for end in ends:
         if not any(f".{name}".endswith(end) for name in linears):
-            raise ValueError(f"expected linears named like {end[1:]!r}, got none in the model; correct the targets")
+            raise ValueError(f"expected linears named like {end[1:]!r}, got none in the model; "
+                             "correct the targets")
     model.requires_grad_(False)
     trained = []
     for name, linear in linears.items():
         A = torch.empty(rank, linear.in_features, device=linear.weight.device)
         nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-        wrapped = LoRALinear(linear, A, torch.zeros(linear.out_features, rank), alpha / rank)
-        model.set_submodule(name, wrapped)
-        trained += [wrapped.lora_A, wrapped.lora_B]
+        layer = LoRALinear(linear, A, torch.zeros(linear.out_features, rank), alpha / rank)
+        model.set_submodule(name, layer)
+        trained += [layer.lora_A, layer.lora_B]
     return trained
 
 
 def _linears(model: nn.Module) -> dict[str, nn.Module]:
-    """Every linear under its name in the checkpoint, wrapped or not. "base" is the name LoRALinear gives to the inner."""
-    modules = model.named_modules()
-    return {name: module for name, module in modules if hasattr(module, "in_features") and not name.endswith(".base")}
+    """Every linear under its checkpoint name, wrapped or not; LoRALinear names the inner "base"."""
+    return {name: module for name, module in model.named_modules()
+            if hasattr(module, "in_features") and not name.endswith(".base")}
 
 
-def lora_state_dict(model: nn.Module, gather: Callable[[Tensor], Tensor] = lambda x: x) -> dict[str, Tensor]:
+def lora_state_dict(model: nn.Module, gather: Callable[[Tensor], Tensor] = lambda x: x
+                    ) -> dict[str, Tensor]:
     """The LoRA under the names LTX-2.3 tools expect; raises ValueError when the model has none.
 
+    LTX-2.3: loaders add B @ A and know no alpha, so the scale is folded into B.
     gather: puts a tensor together that is spread over several processes (workers.full_tensor).
-
-    LTX-2.3: loaders add B @ A and know no alpha, so the scale is folded into B here. LoRAs stacked on one linear come
-    out as one of their summed rank: B1 A1 + B2 A2 = [B1 B2] [A1; A2].
     """
     state = {}
-    for name, module in _linears(model).items():
-        layers = []
-        while isinstance(module, LoRALinear):
-            layers.append(module)
-            module = module.base
-        if layers:
-            A = torch.cat([gather(layer.lora_A.detach()) for layer in layers])  # (rank, in)
-            B = torch.cat([gather(layer.lora_B.detach()) * layer.scale for layer in layers], dim=1)  # (out, rank)
-            state |= {f"{LORA_PREFIX}{name}.lora_A.weight": A, f"{LORA_PREFIX}{name}.lora_B.weight": B}
+    for name, layer in _linears(model).items():
+        if isinstance(layer, LoRALinear):
+            A, B = gather(layer.lora_A.detach()), gather(layer.lora_B.detach())
+            state[f"{LORA_PREFIX}{name}.lora_A.weight"] = A                # (rank, in)
+            state[f"{LORA_PREFIX}{name}.lora_B.weight"] = B * layer.scale  # (out, rank)
     if not state:
         raise ValueError("expected a model with LoRA, got one without; call add_lora first")
     return state
 
 
-def save_lora(
-    path: str | os.PathLike,
-    model: nn.Module,
-    metadata: dict[str, str] | None = None,
-    dtype: torch.dtype = torch.float32,
-    gather: Callable[[Tensor], Tensor] = lambda x: x,
-    write: bool = True,
-) -> None:
-    """Write the LoRA alone as a safetensors file; metadata (strings) say how it was trained ("reference_placement").
+def save_lora(path: str | os.PathLike, model: nn.Module, metadata: dict[str, str] | None = None,
+              dtype: torch.dtype = torch.float32, gather: Callable[[Tensor], Tensor] = lambda x: x,
+              write: bool = True) -> None:
+    """Write the LoRA alone as a safetensors file. Raises ValueError when the model has none.
 
-    LTX-2.3: the official trainer writes bf16; float32 loses nothing. Raises ValueError when the model has no LoRA.
-    gather, write: with several processes all call this, each gives its part to `gather`, and one writes.
+    metadata: how it was trained ("reference_placement"). LTX-2.3: the official trainer writes bf16;
+    float32 loses nothing. gather, write: with several processes all call this, each gives its part
+    to `gather`, and one writes.
     """
     state = lora_state_dict(model, gather)
     if write:
         write_file(path, {key: tensor.to(dtype) for key, tensor in state.items()}, metadata or {})
 
 
-# ---------------------------------------------------------------- reading one, in anybody's spelling
+# ---------------------------------------------------------------- reading one, whoever wrote it
 
 PREFIXES = re.compile(r"(base_model\.model\.)?((model\.)?diffusion_model\.|transformer\.)?")
-ENDINGS = {".alpha": "alpha"}
-ENDINGS |= dict.fromkeys((".lora_A.weight", ".lora_A.default.weight", ".lora_down.weight", ".lora.down.weight"), "A")
-ENDINGS |= dict.fromkeys((".lora_B.weight", ".lora_B.default.weight", ".lora_up.weight", ".lora.up.weight"), "B")
-# Diffusers renames these. In this order, because the first is part of the second.
-RENAMED = (("prompt_adaln_single", "prompt_adaln"), ("adaln_single", "time_embed"), ("patchify_proj", "proj_in"))
+ENDINGS = {
+    ".lora_A.weight": "A", ".lora_A.default.weight": "A",  # LTX, Diffusers, PEFT
+    ".lora_B.weight": "B", ".lora_B.default.weight": "B",
+    ".lora_down.weight": "A", ".lora.down.weight": "A",    # ComfyUI and kohya, old Diffusers
+    ".lora_up.weight": "B", ".lora.up.weight": "B",
+    ".alpha": "alpha",
+}
+# LTX -> Diffusers. In this order, because the second is part of the first.
+RENAMED = {"prompt_adaln_single": "prompt_adaln", "adaln_single": "time_embed",
+           "patchify_proj": "proj_in"}
 
 
 class LoRAFile(NamedTuple):
-    """pairs: name of a linear in the model -> A (rank, in), B (out, rank), scale. audio_keys: how many were left out."""
+    """pairs: name of a linear -> A (rank, in), B (out, rank), scale. audio_keys: left out."""
 
     pairs: dict[str, tuple[Tensor, Tensor, float]]
     metadata: dict[str, str]
@@ -167,14 +155,15 @@ class LoRAFile(NamedTuple):
 
 
 def read_lora(path: str | os.PathLike, model: nn.Module) -> LoRAFile:
-    """Read a LoRA file in any of the spellings above and check it against `model`, which may be on the meta device.
+    """Read a LoRA file in any of the spellings above; the model may be on the meta device.
 
-    Keys of the audio half are counted and never read. The scale is the file's ".alpha" / rank; else the lora_alpha that
-    Diffusers writes into the header, / rank; else 1. An adapter_config.json beside the file is not read.
-    Raises ValueError naming the keys that are unknown, double, without partner, or do not fit; and when nothing is left.
+    Keys of the audio half are counted and never read. The scale is ".alpha" / rank; else lora_alpha
+    / rank, which Diffusers writes into the header; else 1. An adapter_config.json is not read.
+    Raises ValueError naming the keys that are unknown, double, without partner, or do not fit the
+    model; and when nothing is left.
     """
-    spellings = _spellings(model)
-    found: dict[str, dict[str, tuple[str, Tensor]]] = {}  # name in the model -> "A", "B", "alpha" -> key, tensor
+    spellings, linears = _spellings(model), _linears(model)
+    found: dict[str, dict[str, tuple[str, Tensor]]] = {}  # name -> "A", "B", "alpha" -> key, tensor
     unknown, audio_keys = [], 0
     with open_file(path) as file:
         metadata = dict(file.metadata() or {})
@@ -185,19 +174,22 @@ def read_lora(path: str | os.PathLike, model: nn.Module) -> LoRAFile:
             if _is_audio(spelled):
                 audio_keys += 1
             elif name is None or not ending:
-                unknown.append(key)
+                unknown.append(f"{key!r:.80}")
             else:
-                parts = found.setdefault(name, {})
-                if ENDINGS[ending] in parts:
-                    raise ValueError(f"expected {name} once, got {key!r} and {parts[ENDINGS[ending]][0]!r}; remove one")
-                parts[ENDINGS[ending]] = key, file.get_tensor(key)
+                parts, part = found.setdefault(name, {}), ENDINGS[ending]
+                if part in parts:
+                    raise ValueError(f"expected {name} once, got {key!r} and {parts[part][0]!r}; "
+                                     "remove one")
+                parts[part] = key, file.get_tensor(key)
     if unknown:
-        names = ", ".join(f"{key!r:.80}" for key in unknown[:3])
-        names += (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
-        raise ValueError(f"expected LoRA keys of linears in this model, got {names}; use a LoRA made for LTX-2.3")
+        names = ", ".join(unknown[:3])
+        names += f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+        raise ValueError(f"expected LoRA keys of linears in this model, got {names}; "
+                         "use a LoRA made for LTX-2.3")
     if not found:
-        raise ValueError(f"expected LoRA tensors in {path}, got none ({audio_keys} for audio); use another file")
-    alpha, linears = _header_alpha(metadata), _linears(model)
+        raise ValueError(f"expected LoRA tensors in {path}, got none ({audio_keys} for audio); "
+                         "use another file")
+    alpha = _header_alpha(metadata)
     pairs = {name: _pair(name, parts, linears[name], alpha) for name, parts in found.items()}
     return LoRAFile(pairs, metadata, audio_keys)
 
@@ -207,7 +199,7 @@ def _spellings(model: nn.Module) -> dict[str, str]:
     table = {}
     for name in _linears(model):
         theirs = name
-        for ltx, diffusers in RENAMED:
+        for ltx, diffusers in RENAMED.items():
             theirs = theirs.replace(ltx, diffusers)
         for spelled in (name, theirs):
             table[spelled] = table["lora_unet_" + spelled.replace(".", "_")] = name
@@ -215,41 +207,50 @@ def _spellings(model: nn.Module) -> dict[str, str]:
 
 
 def _is_audio(name: str) -> bool:
-    """LTX-2.3: names of the audio half and of the paths between the halves ("av_cross_attn": as Diffusers says it)."""
+    """LTX-2.3: of the audio half or the paths between the halves (Diffusers: "av_cross_attn")."""
     name = name.removeprefix("lora_unet_")
-    return name.startswith(("av_ca_", "av_cross_attn_")) or any(part in name for part in ("audio", "a2v_ca", "v2a_ca"))
+    between = name.startswith(("av_ca_", "av_cross_attn_"))
+    return between or any(part in name for part in ("audio", "a2v_ca", "v2a_ca"))
 
 
 def _header_alpha(metadata: dict[str, str]) -> float | None:
-    """lora_alpha of the header entry that Diffusers writes, None without one. ValueError when it is not a plain LoRA."""
-    entry = metadata.get("lora_adapter_metadata", "{}")
+    """lora_alpha of the header entry that Diffusers writes. Raises ValueError for no plain LoRA."""
+    where = "'lora_adapter_metadata'"
     try:
-        config = {key.removeprefix("transformer."): value for key, value in parse_json(entry).items()}
+        entry = parse_json(metadata.get("lora_adapter_metadata", "{}"))
+        config = {key.removeprefix("transformer."): value for key, value in entry.items()}
         alpha = float(config["lora_alpha"]) if "lora_alpha" in config else None
     except (ValueError, TypeError, AttributeError, OverflowError) as error:
-        raise ValueError(f"expected JSON in 'lora_adapter_metadata', got {one_line(error)}; remove the entry") from error
+        got = one_line(error)
+        raise ValueError(f"expected JSON in {where}, got {got}; remove the entry") from error
     for switch in ("use_rslora", "use_dora", "alpha_pattern"):
         if config.get(switch):
-            raise ValueError(f"expected a plain LoRA, got {switch} in 'lora_adapter_metadata'; convert the file")
+            raise ValueError(f"expected a plain LoRA, got {switch} in {where}; convert the file")
     if alpha is not None and not math.isfinite(alpha):
-        raise ValueError(f"expected a number for lora_alpha in 'lora_adapter_metadata', got {alpha}; remove the entry")
+        raise ValueError(f"expected a number for lora_alpha in {where}, got {alpha}; "
+                         "remove the entry")
     return alpha
 
 
-def _pair(name: str, parts: dict, linear: nn.Module, alpha: float | None) -> tuple[Tensor, Tensor, float]:
+def _pair(name: str, parts: dict, linear: nn.Module, alpha: float | None
+          ) -> tuple[Tensor, Tensor, float]:
+    """A, B and scale of one linear, checked against it. alpha: that of the header."""
     if "A" not in parts or "B" not in parts:
         keys = ", ".join(repr(key) for key, _ in parts.values())
-        raise ValueError(f"expected lora_A and lora_B (or lora_down and lora_up) of {name}, got {keys} without partner")
+        raise ValueError(f"expected lora_A and lora_B (or lora_down and lora_up) of {name}, "
+                         f"got {keys} without partner")
     (key_A, A), (key_B, B) = parts["A"], parts["B"]
     rank = A.shape[0] if A.ndim == 2 else 0
-    if not rank or A.shape != (rank, linear.in_features) or B.shape != (linear.out_features, rank):
-        weight = (linear.out_features, linear.in_features)
+    weight = (linear.out_features, linear.in_features)
+    if not rank or A.shape != (rank, weight[1]) or B.shape != (weight[0], rank):
         found = f"{key_A!r} {one_line(tuple(A.shape))} and {key_B!r} {one_line(tuple(B.shape))}"
-        raise ValueError(f"expected (rank, in) and (out, rank) for a weight {weight}, got {found}; check the model size")
+        raise ValueError(f"expected (rank, in) and (out, rank) for a weight {weight}, got {found}; "
+                         "check the model size")
     if "alpha" in parts:
         key, tensor = parts["alpha"]
         if tensor.numel() != 1:
-            raise ValueError(f"expected one number in {key!r}, got shape {one_line(tuple(tensor.shape))}; the file is damaged")
+            raise ValueError(f"expected one number in {key!r}, got shape "
+                             f"{one_line(tuple(tensor.shape))}; the file is damaged")
         alpha = tensor.item()
         if not math.isfinite(alpha):
             raise ValueError(f"expected a number in {key!r}, got {alpha}; the file is damaged")
@@ -257,6 +258,24 @@ def _pair(name: str, parts: dict, linear: nn.Module, alpha: float | None) -> tup
 
 
 # ---------------------------------------------------------------- using one
+
+
+def parse_loras(given: Sequence[Sequence[str]]) -> list[tuple[str, float]]:
+    """What --lora PATH [STRENGTH] was given, every time: path and strength. Raises ValueError."""
+    loras = []
+    for words in given:
+        path, strength = [*words, "1"][:2]
+        try:
+            number = float(strength)
+        except ValueError:
+            number = math.nan
+        if len(words) > 2 or not math.isfinite(number):
+            raise ValueError(f"expected --lora PATH [STRENGTH], got {' '.join(words)}; "
+                             "use for example 1.0")
+        if not os.path.isfile(path):
+            raise ValueError(f"expected a LoRA file, got no file at {path}; check --lora")
+        loras.append((path, number))
+    return loras
 
 
 def _fused(weight: Tensor, pairs: Sequence[tuple[Tensor, Tensor, float]]) -> Tensor:
@@ -267,14 +286,13 @@ def _fused(weight: Tensor, pairs: Sequence[tuple[Tensor, Tensor, float]]) -> Ten
     return total
 
 
-def lora_changes(
-    model: nn.Module, loras: Sequence[tuple[str | os.PathLike, float]]
-) -> Callable[[str, Tensor], Tensor] | None:
-    """Fuse while loading: the `change` for checkpoint.load_weights that adds all (path, strength) at once.
+def lora_changes(model: nn.Module, loras: Sequence[tuple[str | os.PathLike, float]]
+                 ) -> Callable[[str, Tensor], Tensor] | None:
+    """Fuse while loading: the `change` for checkpoint.load_weights that adds all (path, strength).
 
-    The model may be on the meta device; names are relative to it. Each sum is made in float32 and rounded once; a
-    tensor that no LoRA touches is returned as it is. None when there is nothing to add (no files, or all at strength 0).
-    Raises ValueError like read_lora, before anything is loaded.
+    The model may be on the meta device; names are relative to it. Each sum is made in float32 and
+    rounded once; a tensor that no LoRA touches is returned as it is. None when there is nothing to
+    add (no files, or all at strength 0). Raises ValueError like read_lora, before anything loads.
     """
     pairs: dict[str, list] = {}
     for path, strength in loras:
@@ -287,50 +305,41 @@ def lora_changes(
 
 
 @torch.no_grad()
-def load_lora(model: nn.Module, path: str | os.PathLike, strength: float = 1.0, fuse: bool = True) -> dict[str, str]:
-    """Add strength * scale * B @ A of a LoRA file to a loaded model; returns the file's metadata.
+def load_lora(model: nn.Module, path: str | os.PathLike, strength: float = 1.0) -> dict[str, str]:
+    """Add strength * scale * B @ A of a LoRA file into a loaded model; returns its metadata.
 
-    fuse True: into the weights, for good. False: beside them, frozen, which costs memory and time but leaves the weights
-    as they are. Call it again for the next LoRA. Off: strength 0. Everything is checked before the first weight changes.
-    Raises ValueError like read_lora.
+    Call it again for the next LoRA. Raises ValueError like read_lora, before a weight changes.
     """
     lora, linears = read_lora(path, model), _linears(model)
     for name, (A, B, scale) in lora.pairs.items() if strength != 0 else ():
-        if fuse:
-            linears[name].weight.copy_(_fused(linears[name].weight, [(A, B, strength * scale)]))
-        else:
-            wrapped = LoRALinear(linears[name], A, B, strength * scale)
-            for parameter in (wrapped.lora_A, wrapped.lora_B):
-                parameter.requires_grad_(False)
-            model.set_submodule(name, wrapped)
+        weight = linears[name].weight
+        weight.copy_(_fused(weight, [(A, B, strength * scale)]))
     return lora.metadata
 
 
 def _demo() -> None:
+    """How small a LoRA of the real model is, and that it is the same when fused."""
     import tempfile
 
     from model import TransformerConfig, VideoTransformer
 
     with torch.device("meta"):
         model = VideoTransformer(TransformerConfig())
-    base = sum(p.numel() for p in model.parameters())
-    lora = sum(p.numel() for p in add_lora(model, rank=32))
-    print(f"LTX-2.3's video transformer: {base:,} weights; its LoRA of rank 32: {lora:,}, {lora * 2 / 1e6:.0f} MB in bf16")
-
+    print(f"LTX-2.3's video transformer: {sum(p.numel() for p in model.parameters()):,} weights; "
+          f"its LoRA of rank 32: {sum(p.numel() for p in add_lora(model)):,}")
     torch.manual_seed(0)
-    fused, applied, trained = (nn.ModuleDict({"to_q": nn.Linear(16, 16)}) for _ in range(3))
-    applied.load_state_dict(fused.state_dict())
-    for parameter in add_lora(trained, rank=2, alpha=2, targets=["to_q"]):
-        nn.init.normal_(parameter)
+    base, trained = (nn.ModuleDict({"to_q": nn.Linear(16, 16)}) for _ in range(2))
+    trained.load_state_dict(base.state_dict())
+    nn.init.normal_(add_lora(trained, rank=2, alpha=2, targets=["to_q"])[1])
     x = torch.randn(4, 16)
-    before = fused["to_q"](x)
+    before, wanted = base["to_q"](x), trained["to_q"](x)
     with tempfile.TemporaryDirectory() as folder:
         save_lora(f"{folder}/lora.safetensors", trained)
-        load_lora(fused, f"{folder}/lora.safetensors")
-        load_lora(applied, f"{folder}/lora.safetensors", fuse=False)
-    print(f"one linear: the LoRA moves its output by {(fused['to_q'](x) - before).abs().max():.1f}")
-    print(f"            fused and applied differ by  {(fused['to_q'](x) - applied['to_q'](x)).abs().max():.1e}")
-    print("Notice: 1 % of the weights are trained, and where the correction is kept does not matter.")
+        load_lora(base, f"{folder}/lora.safetensors")
+    apart = (base["to_q"](x) - wanted).abs().max()
+    print(f"one linear: the LoRA moves its output by {(wanted - before).abs().max():.1f}, "
+          f"saved and fused into another copy it differs by {apart:.1e}")
+    print("Notice: 1 % of the weights are trained, and using them costs nothing once fused.")
 
 
 if __name__ == "__main__":

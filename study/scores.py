@@ -1,149 +1,67 @@
-"""Every score of a generated clip, one number per clip, from the clip's pixels alone. Nothing here generates anything.
+"""Every score of a generated clip: one number for each clip, from its pixels alone.
 
-One cosine flatters: a recogniser calls a blur similar, and a model that pastes the reference scores best of all. So
-each part of the promise has its own score, each can be computed for true clips, and each fails in its own way.
-our reading: all of them; no score of ST-DRC (arXiv 2606.02441) is known to us, only what it wants: the person, no copying.
+The idea. One cosine flatters: a recogniser calls a blur similar, and a model that pastes its
+reference into the video scores best of all. So each part of the promise has a score of its own;
+each can be computed for true clips as well, and each fails in its own way. our reading: all of
+them. ST-DRC (arXiv 2606.02441) names no score, only what it wants: the person, and no copying.
 
-Frames: "five" = 0 2 4 6 8 of nine. J = eval_encoder network (weights/tiny/eval_encoder.safetensors: other people, width and seed
-than the recogniser that supervised training), on whole frames. H = `HeadPoseEstimator` (weights/tiny/head_pose.safetensors).
-P = pixels, no network.
+E = evaluation encoder, a recogniser that supervised no training, on whole frames; H = head-pose
+estimator (toy/head.py); P = pixels alone. five = frames 0 2 4 6 8 of nine; cosines are with the
+reference.
 
-  similarity   J, H  five  mean cosine of frame and reference; a frame in which H finds no face counts 0
-  top1         J, H  five  1 if the clip's own reference is the nearest of all `references` (mean cosine as above)
-  look_alike   J, H  five  1 if it is nearer than the look-alike's picture (same skin and hair, other features)
-  found        H     all   share of frames in which a face is found
-  drift        J, H  five  cosine of frames 0 2 minus cosine of frames 6 8: positive if the face is lost on the way
-  min_frame    J, H  five  the smallest of the five cosines
-  action       H     all   1 if the head moved as the prompt says (`read_action`: a rule on the poses, not a classifier)
-  scene, light, shirt            P  all  1 if the clip shows what the prompt says (`read_setting`: nearest colours)
-  leak_scene, leak_light, leak_shirt  P  all  1 if it shows the reference's instead; NaN where the two agree
-  flicker      P, H  all   mean absolute change from frame to frame, in 0..1 brightness, at the left and right border
-                           above the shoulders, where nothing moves (less what the hair of a moving head reaches)
+  similarity  E H  five  mean cosine; a frame in which H finds no face counts 0
+  top1        E H  five  1 if the clip's own reference is the nearest of all references
+  look_alike  E H  five  1 if it is nearer than a look-alike's picture (same skin and hair)
+  found       H    all   share of frames in which a face is found
+  drift       E H  five  cosine of frames 0 2 less that of frames 6 8: positive if the face is lost
+  min_frame   E H  five  the smallest of the five cosines
+  action      H    all   1 if the head moves as the prompt says (a rule on its poses)
+  scene, light, shirt                 P  all  1 if the clip shows what the prompt says
+  leak_scene, leak_light, leak_shirt  P  all  1 if it shows the reference's; NaN if both agree
+  flicker     P H  all   change from frame to frame at the border, where nothing moves, 0..1
 
-Of a whole set: `leaks` (pose, position, pixels; each with its chance level) and `frechet` (of J's vectors).
-Conventions: videos (n, 3, F, h, w), pictures (P, 3, h, w) in [-1, 1]; poses x, y, scale, yaw, pitch, mouth (world.py).
+Of a whole set: `leaks` (pose, position, pixels) and `frechet`. Conventions: videos (n, 3, F, h, w)
+and pictures (P, 3, h, w) in [-1, 1]; poses x, y, scale, yaw, pitch, mouth as in toy/world.py.
 
-    scores = per_clip(video, data, load_facenet("eval_encoder.safetensors"), load_head("head_pose.safetensors"))
+    scores = per_clip(video, data, load_facenet("encoder.safetensors"), load_head("h.safetensors"))
     mean, half_width = summarise(scores["similarity"])
 
-Read next: evaluate.py
+Read next: study/evaluate.py
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clips.face import FaceNet
-from ltx.checkpoint import open_file
 from toy import world
+from toy.head import MOVE, HeadPoseEstimator, read_action, read_heads
 
-SCORES = ("similarity", "top1", "look_alike", "found", "drift", "min_frame", "action", "scene", "light", "shirt",
-          "leak_scene", "leak_light", "leak_shirt", "flicker")
-SIZE = 64  # the tiny world's frames
-POSE_MIDDLE = (0.0, 0.0, 1.0, 0.0, 0.0, 0.0)  # x, y, scale, yaw, pitch, mouth
-POSE_SPREAD = (0.15, 0.03, 0.08, 0.25, 0.30, 0.35)  # about one standard deviation over the world's frames
-# What each action of world.action_poses changes from first to last frame (nods and laughs: between extremes)
-TURN, MOVE, CLOSER, NOD, LAUGH = 0.55, 0.50, 0.32, 1.80, 1.00
+SCORES = ("similarity", "top1", "look_alike", "found", "drift", "min_frame", "action", "scene",
+          "light", "shirt", "leak_scene", "leak_light", "leak_shirt", "flicker")
 HAIR_REACH = 0.80  # hair ends nearer to the head's middle than this, in units of the pose's scale
 # Student's t, two-sided 95 %, for 1..29 degrees of freedom
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
-           2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045)
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
+           2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
+           2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045)
 NORMAL = 1.960
 
 
-# ---------------------------------------------------------------------------------------------------- where the head is
-class HeadPoseEstimator(nn.Module):
-    """Reads presence and pose of the head off a frame: (B, 3, 64, 64) in [-1, 1] -> (B, 7).
-
-    Column 0 is the logit of "there is a face", columns 1-6 are x, y, scale, yaw, pitch, mouth as in world's poses.
-    Seven convolutions, four of them halving, then two linear layers that see where in the frame everything was. Trained
-    by `python -m toy.pretrain head`. Raises ValueError for frames of another size.
-    """
-
-    STRIDES = (2, 2, 1, 2, 1, 2, 1)
-
-    def __init__(self, widths: Sequence[int] = (16, 32, 32, 48, 48, 64, 64), hidden: int = 64):
-        super().__init__()
-        c_in = (3, *widths[:-1])
-        self.convs = nn.ModuleList(nn.Conv2d(c, width, 3, stride, padding=1, bias=False)
-                                   for c, width, stride in zip(c_in, widths, self.STRIDES, strict=True))
-        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in widths)
-        self.fc = nn.Linear(widths[-1] * (SIZE // 16) ** 2, hidden)
-        self.out = nn.Linear(hidden, 7)
-
-    def forward(self, frames: Tensor) -> Tensor:
-        if frames.shape[1:] != (3, SIZE, SIZE):
-            raise ValueError(f"expected frames (B, 3, {SIZE}, {SIZE}), got {tuple(frames.shape)}; this reader knows "
-                             "the tiny world only")
-        x = frames
-        for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = torch.relu(norm(conv(x)))                                                 # (B, widths[i], h, w)
-        y = self.out(torch.relu(self.fc(x.flatten(1)))).float()                           # (B, 7)
-        return torch.cat([y[:, :1], y.new_tensor(POSE_MIDDLE) + y[:, 1:] * y.new_tensor(POSE_SPREAD)], dim=1)
-
-
-def load_head(path: str | Path) -> HeadPoseEstimator:
-    """Read a HeadPoseEstimator from safetensors, frozen; widths follow from the tensors. Raises ValueError, one line."""
-    with open_file(path) as file:
-        stored = {name: file.get_slice(name).get_shape() for name in file.keys()}
-        names = [f"convs.{i}.weight" for i in range(len(HeadPoseEstimator.STRIDES))] + ["fc.weight"]
-        if missing := [name for name in names if name not in stored]:
-            raise ValueError(f"expected a head-pose estimator in {path}, got no {missing[0]}; `pretrain.py head` makes one")
-        with torch.device("meta"):
-            net = HeadPoseEstimator([stored[name][0] for name in names[:-1]], stored["fc.weight"][0])
-        wanted = {name: list(t.shape) for name, t in net.state_dict().items() if t.is_floating_point()}
-        for name in wanted.keys() | stored.keys():
-            if stored.get(name) != wanted.get(name):
-                raise ValueError(f"expected {name} of shape {wanted.get(name)} in {path}, got {stored.get(name)}; "
-                                 "`python -m toy.pretrain head` makes a new one")
-        tensors = {name: file.get_tensor(name).float() for name in wanted}
-    counts = {name: torch.tensor(0) for name in net.state_dict() if name not in wanted}
-    net.load_state_dict(tensors | counts, assign=True)
-    return net.eval().requires_grad_(False)
-
-
-@torch.no_grad()
-def read_heads(head: HeadPoseEstimator, video: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the head is in every frame: video (n, 3, F, 64, 64) -> found (n, F) bool, poses (n, F, 6)."""
-    n, _, F, _, _ = video.shape
-    frames = video.transpose(1, 2).flatten(0, 1)                                          # (n * F, 3, 64, 64)
-    out = torch.cat([head(part.clamp(-1, 1)) for part in frames.split(256)]).unflatten(0, (n, F))
-    return out[..., 0] > 0, out[..., 1:]
-
-
-def read_action(poses: Tensor) -> Tensor:
-    """What the head does: poses (n, F, 6) -> (n,) index into world.ACTIONS.
-
-    Each action has one quantity, divided by what world.action_poses does: turns change yaw, steps x, coming closer
-    the scale (mean of the last quarter of the frames minus mean of the first), a nod takes the pitch there and
-    back (range less net change), a laugh opens and shuts the mouth (range). The largest wins; below half of its full
-    size nothing happened: "stays still". A rule cannot learn the prompt's prejudices as a classifier could.
-    """
-    n, F, _ = poses.shape
-    k = max(1, F // 4)
-    x, _, scale, yaw, _, _ = (poses[:, -k:].mean(1) - poses[:, :k].mean(1)).unbind(1)     # each (n,)
-    pitch, mouth = poses[..., 4], poses[..., 5]                                           # each (n, F)
-    back = (pitch.amax(1) - pitch.amin(1)) - (pitch[:, -1] - pitch[:, 0]).abs()
-    evidence = {"turns left": -yaw / TURN, "turns right": yaw / TURN, "nods": back / NOD,
-                "laughs": (mouth.amax(1) - mouth.amin(1)) / LAUGH, "moves to the left": -x / MOVE,
-                "moves to the right": x / MOVE, "comes closer": scale / CLOSER, "stays still": torch.full_like(x, 0.5)}
-    return torch.stack([evidence[name] for name in world.ACTIONS], dim=1).argmax(1)
+# ------------------------------------------------------------ head, setting, flicker
 
 
 def fill_lost(found: Tensor, poses: Tensor) -> Tensor:
-    """Poses of frames without a face are taken from the nearest frame that has one: found (n, F), poses (n, F, 6)."""
+    """Frames without a face take the pose of the nearest that has one: found (n, F), (n, F, 6)."""
     moment = torch.arange(found.shape[1], device=found.device)
-    distance = (moment[:, None] - moment).abs().float() + torch.where(found, 0.0, torch.inf)[:, None]     # (n, F, F)
-    nearest = distance.argmin(2)                                                          # (n, F)
+    lost = torch.where(found, 0.0, torch.inf)[:, None]                  # (n, 1, F)
+    nearest = ((moment[:, None] - moment).abs() + lost).argmin(2)       # (n, F)
     return poses.gather(1, nearest[..., None].expand_as(poses))
 
 
-# ----------------------------------------------------------------------------------------------------- setting, flicker
 def lit_backgrounds(size: int) -> Tensor:
     """Every empty scene under every light, (scenes, lights, 3, size, size) in [0, 1]."""
     c = world.Canvas(len(world.SCENES), size, torch.device("cpu"))
@@ -163,66 +81,74 @@ def border(size: int) -> Tensor:
 def read_setting(video: Tensor) -> Tensor:
     """What the pixels show: (n, 3, F, h, w) in [-1, 1] -> (scene, light, shirt) indices (n, 3).
 
-    Scene and light: the nearest of all lit empty scenes on the left and right border of the frame, above the shoulders,
-    where hair and hands rarely are. Shirt: the bottom middle against each shirt under the light that was found.
+    Scene and light: the nearest of all lit empty scenes at the border, where hair and hands rarely
+    are. Shirt: the bottom middle against each shirt under the light that was found.
     """
-    n, _, F, size, _ = video.shape
+    size = video.shape[-1]
     rgb = (video.clamp(-1, 1) + 1) / 2
     where = border(size)
-    templates = lit_backgrounds(size)[:, :, :, where]                                     # (scenes, lights, 3, pixels)
-    seen = rgb.median(dim=2).values[:, :, where]                                          # (n, 3, pixels), over time
-    distance = torch.stack([(s - templates).abs().mean((2, 3)) for s in seen])            # (n, scenes, lights)
-    best = distance.flatten(1).argmin(1)
+    templates = lit_backgrounds(size)[:, :, :, where]                   # (scenes, lights, 3, p)
+    seen = rgb.median(dim=2).values[:, :, where]                        # (n, 3, p), over time
+    distance = torch.stack([(s - templates).abs().mean((2, 3)) for s in seen])
+    best = distance.flatten(1).argmin(1)                                # (n,) of scenes * lights
     scene, light = best // len(world.LIGHTS), best % len(world.LIGHTS)
-    patch = rgb[:, :, :, -size // 16:, size // 2 - size // 10: size // 2 + size // 10].mean((2, 3, 4))     # (n, 3)
+    middle, half = size // 2, size // 10
+    patch = rgb[:, :, :, -size // 16:, middle - half:middle + half].mean((2, 3, 4))     # (n, 3)
     lights, shirts = (torch.tensor(list(t.values())) for t in (world.LIGHTS, world.SHIRTS))
-    lit = (lights[light][:, None] * shirts[None]).clamp(0, 1)                             # (n, shirts, 3)
+    lit = (lights[light][:, None] * shirts[None]).clamp(0, 1)           # (n, shirts, 3)
     return torch.stack([scene, light, (patch[:, None] - lit).abs().mean(2).argmin(1)], dim=1)
 
 
 def flicker(video: Tensor, found: Tensor, poses: Tensor) -> Tensor:
-    """Mean absolute change between neighbouring frames where nothing moves, in 0..1 brightness: (n,).
+    """Mean absolute change between neighbouring frames where nothing moves, in 0..1: (n,).
 
-    video (n, 3, F, h, w), found (n, F), poses (n, F, 6). Of the border, what hair may reach in either of the two frames
-    is left out; NaN if that leaves nothing, or if there is one frame only.
+    video (n, 3, F, h, w), found (n, F), poses (n, F, 6). Of the border, what hair may reach in
+    either frame is left out; NaN if that leaves nothing, or if there is one frame only.
     """
     size = video.shape[-1]
-    change = ((video[:, :, 1:] - video[:, :, :-1]).abs() / 2).mean(1)                     # (n, F-1, h, w)
+    change = ((video[:, :, 1:] - video[:, :, :-1]).abs() / 2).mean(1)   # (n, F-1, h, w)
     x = (torch.arange(size) + 0.5) / size * 2 - 1
-    free = (x - poses[..., :1]).abs() > HAIR_REACH * poses[..., 2:3] + world.EDGE         # (n, F, w)
+    free = (x - poses[..., :1]).abs() > HAIR_REACH * poses[..., 2:3] + world.EDGE       # (n, F, w)
     free = free | ~found[..., None]
-    still = (free[:, 1:] & free[:, :-1])[:, :, None] & border(size)                       # (n, F-1, h, w)
-    return (change * still).sum((1, 2, 3)) / still.sum((1, 2, 3))                         # 0 / 0 is NaN
+    still = (free[:, 1:] & free[:, :-1])[:, :, None] & border(size)     # (n, F-1, h, w)
+    return (change * still).sum((1, 2, 3)) / still.sum((1, 2, 3))       # 0 / 0 is NaN
 
 
-# --------------------------------------------------------------------------------------------------------------- scores
+# ------------------------------------------------------------ scores of each clip
+
+
+def five(frames: int) -> Tensor:
+    """Which frames the identity is read from: five, evenly from first to last."""
+    return torch.linspace(0, frames - 1, 5).round().long()
+
+
 @torch.no_grad()
 def embed_clips(eval_encoder: FaceNet, video: Tensor) -> Tensor:
-    """Judge vectors of five frames, evenly from first to last (0 2 4 6 8 of nine): (n, 3, F, h, w) -> (n, 5, E)."""
-    moments = torch.linspace(0, video.shape[2] - 1, 5).round().long()
-    frames = video[:, :, moments].transpose(1, 2)                                         # (n, 5, 3, h, w)
-    return torch.cat([eval_encoder(part.flatten(0, 1)) for part in frames.split(16)]).unflatten(0, (len(video), 5))
+    """The encoder's vectors of five frames of each clip: (n, 3, F, h, w) -> (n, 5, E)."""
+    frames = video[:, :, five(video.shape[2])].transpose(1, 2)          # (n, 5, 3, h, w)
+    vectors = torch.cat([eval_encoder(part.flatten(0, 1)) for part in frames.split(16)])
+    return vectors.unflatten(0, (len(video), 5))                        # (n, 5, E)
 
 
 def check_data(video: Tensor, data: dict[str, Tensor], names: dict[str, tuple]) -> None:
-    """Raises ValueError unless `data` has every name with a row per clip and this many further axes."""
+    """Raises ValueError unless `data` has every name, a row per clip and these further axes."""
     for name, rest in names.items():
-        if name not in data:
-            raise ValueError(f"expected {name} in the test data, got {', '.join(data)}; see per_clip for what it needs")
-        want = (len(video), *rest)
-        if tuple(data[name].shape) != want:
-            raise ValueError(f"expected {name} of shape {want}, got {tuple(data[name].shape)}; one row for each clip")
+        want, got = (len(video), *rest), tuple(data[name].shape) if name in data else None
+        if got != want:
+            raise ValueError(f"expected {name} of shape {want} in the test data, got {got}; "
+                             "one row for each clip")
 
 
 @torch.no_grad()
-def identity_scores(video: Tensor, found: Tensor, data: dict[str, Tensor], eval_encoder: FaceNet) -> dict[str, Tensor]:
-    """Similarity, top1, look_alike, drift and min_frame, each (n,), as the header defines them; found (n, F)."""
+def identity_scores(video: Tensor, found: Tensor, data: dict[str, Tensor],
+                    eval_encoder: FaceNet) -> dict[str, Tensor]:
+    """Similarity, top1, look_alike, drift and min_frame, each (n,); found (n, F)."""
     who = data["who"]
-    seen = found[:, torch.linspace(0, found.shape[1] - 1, 5).round().long()]              # (n, 5)
-    vectors = embed_clips(eval_encoder, video) * seen[..., None]                                 # no face: cosine 0 to all
-    references, alike = eval_encoder(data["references"]), eval_encoder(data["alike"])                   # (P, E)
-    own = torch.einsum("nfe,ne->nf", vectors, references[who])                            # (n, 5)
-    other = torch.einsum("nfe,ne->nf", vectors, alike[who]).mean(1)                       # (n,)
+    seen = found[:, five(found.shape[1])]                               # (n, 5)
+    vectors = embed_clips(eval_encoder, video) * seen[..., None]        # no face: cosine 0 to all
+    references, alike = eval_encoder(data["references"]), eval_encoder(data["alike"])   # (P, E)
+    own = torch.einsum("nfe,ne->nf", vectors, references[who])          # (n, 5)
+    other = torch.einsum("nfe,ne->nf", vectors, alike[who]).mean(1)     # (n,)
     nearest = (vectors.mean(1) @ references.T).argmax(1)
     any_face = seen.any(1)
     return {"similarity": own.mean(1), "top1": ((nearest == who) & any_face).float(),
@@ -230,26 +156,31 @@ def identity_scores(video: Tensor, found: Tensor, data: dict[str, Tensor], eval_
             "drift": own[:, :2].mean(1) - own[:, 3:].mean(1), "min_frame": own.amin(1)}
 
 
-def per_clip(video: Tensor, data: dict[str, Tensor], eval_encoder: FaceNet, head: HeadPoseEstimator) -> dict[str, Tensor]:
-    """All scores of the header for clips (n, 3, F, 64, 64): name -> (n,) float32, NaN where a score does not apply.
+def per_clip(video: Tensor, data: dict[str, Tensor], eval_encoder: FaceNet,
+             head: HeadPoseEstimator) -> dict[str, Tensor]:
+    """All of SCORES for clips (n, 3, F, 64, 64): name -> (n,), NaN where a score does not apply.
 
-    data: who (n,) row of the person that each clip should show, references and alike (P, 3, h, w) in [-1, 1], setting
-    and ref_setting (n, 3) of prompt and reference picture, action (n,) of the prompt. Other entries are not read. A
-    clip in which fewer than half of the frames show a face has the wrong action. Raises ValueError on wrong shapes.
+    data: who (n,) row of the person that each clip should show, references and alike (P, 3, h, w),
+    setting and ref_setting (n, 3) of prompt and reference picture, action (n,) of the prompt. A
+    clip in which fewer than half of the frames show a face has the wrong action.
     """
     check_data(video, data, {"who": (), "setting": (3,), "ref_setting": (3,), "action": ()})
     video = video.float().clamp(-1, 1)
     found, poses = read_heads(head, video)
-    out = identity_scores(video, found, data, eval_encoder) | {"found": found.float().mean(1)}
+    share = found.float().mean(1)                                       # (n,)
+    out = identity_scores(video, found, data, eval_encoder) | {"found": share}
     moved = read_action(fill_lost(found, poses)) == data["action"]
-    out["action"] = (moved & (found.float().mean(1) >= 0.5)).float()
-    shown, asked, ref = read_setting(video), data["setting"], data["ref_setting"]         # (n, 3) each
+    out["action"] = (moved & (share >= 0.5)).float()
+    shown, asked, ref = read_setting(video), data["setting"], data["ref_setting"]       # (n, 3)
     for i, name in enumerate(("scene", "light", "shirt")):
         out[name] = (shown[:, i] == asked[:, i]).float()
         leak = (shown[:, i] == ref[:, i]).float()
         out[f"leak_{name}"] = torch.where(asked[:, i] == ref[:, i], torch.nan, leak)
     out["flicker"] = flicker(video, found, poses)
     return {name: out[name] for name in SCORES}
+
+
+# ------------------------------------------------------------ scores of a whole set
 
 
 def correlation(a: Tensor, b: Tensor) -> float:
@@ -260,68 +191,75 @@ def correlation(a: Tensor, b: Tensor) -> float:
     return ((a * b).sum(0) / (a.norm(dim=0) * b.norm(dim=0)).clamp_min(1e-12)).mean().item()
 
 
-def leaks(video: Tensor, data: dict[str, Tensor], head: HeadPoseEstimator) -> dict[str, tuple[float, float]]:
-    """What of the reference shows in frame 0 of a whole set, as (leak, its chance level); 1 is a perfect copy.
+def leaks(video: Tensor, data: dict[str, Tensor],
+          head: HeadPoseEstimator) -> dict[str, tuple[float, float]]:
+    """What of the reference shows in frame 0, as (leak, its chance level); 1 is a perfect copy.
 
-    pose: correlation over clips of the reference's yaw and pitch with those of frame 0 (mean of the two); position: the
-    same of x, y and scale, without the start that the prompt's action asks for. Frames without a face are left out;
-    chance is the mean over 200 permutations of the references. One correlation of n clips strays by 1 / sqrt(n).
-    pixels: mean over clips of the correlation of all pixels of frame 0 with the own reference; chance: with everybody
-    else's. Hair and skin of the same person correlate without any copying, so read it beside the true clips' number.
+    pose: correlation over clips of the reference's yaw and pitch with those of frame 0 (mean of
+    the two); position: the same of x, y and scale, less the start that the prompt's action asks
+    for. Frames without a face are left out; chance is the mean over 200 permutations of the
+    references. One correlation of n clips strays by 1 / sqrt(n).
+    pixels: mean over clips of the correlation of all pixels of frame 0 with the own reference;
+    chance: with everybody else's. Hair and skin of one person correlate without any copying, so
+    compare it with the true clips' number.
     data as for per_clip, and ref_pose (n, 6), the head's pose in the clip's reference picture.
     """
     check_data(video, data, {"who": (), "action": (), "ref_pose": (6,)})
     found, poses = read_heads(head, video[:, :, :1].float())
-    start = poses[:, 0].clone()                                                           # (n, 6)
-    for name, column, offset in (("moves to the left", 0, MOVE / 2), ("moves to the right", 0, -MOVE / 2),
-                                 ("comes closer", 2, -0.20)):                             # as world.action_poses starts
+    start = poses[:, 0].clone()                                         # (n, 6)
+    for name, column, offset in (("moves to the left", 0, MOVE / 2),    # as action_poses starts
+                                 ("moves to the right", 0, -MOVE / 2), ("comes closer", 2, -0.20)):
         start[:, column] -= offset * (data["action"] == world.ACTIONS.index(name))
-    seen = found[:, 0]
-    start, ref, g = start[seen], data["ref_pose"][seen], torch.Generator().manual_seed(0)
+    start, ref = start[found[:, 0]], data["ref_pose"][found[:, 0]]
+    g = torch.Generator().manual_seed(0)
     shuffles = [torch.randperm(len(ref), generator=g) for _ in range(200)]
     out = {}
     for name, columns in (("pose", [3, 4]), ("position", [0, 1, 2])):
-        chance = [correlation(ref[p][:, columns], start[:, columns]) for p in shuffles]
-        out[name] = (correlation(ref[:, columns], start[:, columns]), sum(chance) / len(chance))
+        a, b = ref[:, columns], start[:, columns]
+        chance = [correlation(a[p], b) for p in shuffles]
+        out[name] = (correlation(a, b), sum(chance) / len(chance))
     return out | {"pixels": pixel_leak(video[:, :, 0], data["references"], data["who"])}
 
 
 def pixel_leak(frames: Tensor, references: Tensor, who: Tensor) -> tuple[float, float]:
-    """Mean correlation of frames (n, 3, h, w) with their own of the references (P, 3, h, w), and with the others'."""
+    """Mean correlation of frames (n, 3, h, w) with their own of the references (P, 3, h, w), and
+    with the others'."""
     def unit(pictures: Tensor) -> Tensor:
         flat = pictures.float().flatten(1)
         return torch.nn.functional.normalize(flat - flat.mean(1, keepdim=True), dim=1)
-    table = unit(frames) @ unit(references).T                                             # (n, P)
+    table = unit(frames) @ unit(references).T                           # (n, P)
     own = table.gather(1, who[:, None])[:, 0]
-    others = (table.sum(1) - own) / (len(references) - 1) if len(references) > 1 else torch.full_like(own, torch.nan)
-    return own.mean().item(), others.mean().item()
+    others = (table.sum(1) - own) / max(len(references) - 1, 1)
+    return own.mean().item(), others.mean().item() if len(references) > 1 else math.nan
 
 
-# ---------------------------------------------------------------------------------------------- distances and intervals
 def frechet(a: Tensor, b: Tensor) -> float:
-    """Fréchet distance of two sets of vectors a (n, E), b (m, E), each taken as a Gaussian: |ma - mb|^2 + tr(...).
+    """Fréchet distance of two sets of vectors a (n, E), b (m, E), each taken as a Gaussian.
 
-    The squared 2-Wasserstein distance, tr(A + B - 2 (AB)^(1/2)) for covariances A and B; in float64. Few vectors make
-    it larger (with n near E the covariances are poor): compare sets of equal size, beside two halves of true clips.
-    Raises ValueError for fewer than 2 vectors or different widths.
+    |ma - mb|^2 + tr(A + B - 2 (AB)^(1/2)) for means m and covariances A, B, in float64: the
+    squared 2-Wasserstein distance. Few vectors make it larger (with n near E the covariances are
+    poor), so compare sets of equal size, and give the number for two halves of true clips too.
     """
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
-        raise ValueError(f"expected vectors (n, E) and (m, E), two or more each, got {tuple(a.shape)} and "
-                         f"{tuple(b.shape)}; flatten clips and frames first")
+        raise ValueError(f"expected vectors (n, E) and (m, E), two or more each, got "
+                         f"{tuple(a.shape)} and {tuple(b.shape)}; flatten clips and frames first")
     a, b = a.double(), b.double()
     def covariance(x: Tensor) -> Tensor:
         x = x - x.mean(0)
         return x.T @ x / (len(x) - 1)
-    A, B = covariance(a), covariance(b)
+    A, B = covariance(a), covariance(b)                                 # (E, E) each
     values, vectors = torch.linalg.eigh(A)
-    root = vectors * values.clamp_min(0).sqrt() @ vectors.T                               # A^(1/2)
-    cross = torch.linalg.eigvalsh(root @ B @ root).clamp_min(0).sqrt().sum()              # the eigenvalues of AB
+    root = vectors * values.clamp_min(0).sqrt() @ vectors.T             # A^(1/2)
+    cross = torch.linalg.eigvalsh(root @ B @ root).clamp_min(0).sqrt().sum()  # eigenvalues of AB
     value = (a.mean(0) - b.mean(0)).square().sum() + A.trace() + B.trace() - 2 * cross
     return max(0.0, value.item())
 
 
+# ------------------------------------------------------------ intervals
+
+
 def summarise(values: Tensor) -> tuple[float, float]:
-    """Mean and 95 % half width over clips, values (n,), normal approximation. NaN entries are left out.
+    """Mean and 95 % half width over clips, values (n,), normal approximation; NaN is left out.
 
     The half width is NaN for a single value, both are NaN for none.
     """
@@ -331,9 +269,9 @@ def summarise(values: Tensor) -> tuple[float, float]:
 
 
 def mean_interval(x: Sequence[float]) -> tuple[float, float]:
-    """Mean and 95 % half width over runs: Student's t, which for the usual three seeds is 4.303 and not 1.960.
+    """Mean and 95 % half width over runs, NaN for a single run.
 
-    The half width is NaN for a single run. Raises ValueError for none.
+    Student's t: for the usual three seeds the factor is 4.303 and not 1.960.
     """
     n = len(x)
     if n == 0:
@@ -343,10 +281,3 @@ def mean_interval(x: Sequence[float]) -> tuple[float, float]:
         return mean, math.nan
     t = STUDENT[n - 2] if n - 2 < len(STUDENT) else NORMAL
     return mean, t * math.sqrt(math.fsum((v - mean) ** 2 for v in x) / (n - 1) / n)
-
-
-def paired_interval(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
-    """mean_interval of x - y, run by run: what both share (seed, noise) falls out. Raises ValueError on lengths."""
-    if len(x) != len(y):
-        raise ValueError(f"expected as many runs on both sides, got {len(x)} and {len(y)}; pair them by seed")
-    return mean_interval([a - b for a, b in zip(x, y, strict=True)])

@@ -2,21 +2,24 @@
 
     python tests/check_golden.py tests/golden [--tokenizer tokenizer.json]
 
-Prints one line per comparison, `file case largest-absolute-difference`, and at the end `worst <number>`; the exit
-status is 0 only when every line is at most 1e-4. Sizes, seeds, grids and cases are read from the files, so the same
-command works on another folder of this layout. What each file holds is told by its own metadata ("about"); in short:
+Prints one line per comparison, `file case largest-absolute-difference`, and at the end `worst
+<number>`; the exit status is 0 only when every line is at most 1e-4. Sizes, seeds, grids and cases
+are read from the files, so the same command works on another folder of this layout. What each file
+holds is told by its own metadata ("about"); in short:
 
-    transformer*     weights; io.<case>.{latent, timesteps, sigma, positions, context[, masks], velocity, x0[, debug.*]}
+    transformer*     weights; io.<case>.{latent, timesteps, sigma, positions, context[, masks],
+                     velocity, x0[, debug.*]}
     rope*            <case>.{positions, freqs, cos, sin, q, q_rot}
-    vae_*            weights of one or both halves; io.<case>.{video, latent[, patchified]}, io.unpatchify_{in,out}
+    vae_*            weights of one half or both; io.<case>.{video, latent[, patchified]},
+                     io.unpatchify_{in,out}
     text_connector*  weights; io.<case>.{hidden_states, attention_mask, normed, features, context}
     gemma3*          weights; io.{input_ids, attention_mask, hidden_states}
     schedule*        sigmas.<i>, train.{normal, uniform_value, uniform_choice, t.<tokens>}
     sampler*         a whole Euler run with given velocities
-    gemma3_tokens*   JSON list of {text, ids}; needs --tokenizer, the real tokenizer.json, and must agree exactly
+    gemma3_tokens*   JSON list of {text, ids}; needs --tokenizer, and must agree exactly
 
-Weights go through the very loaders that read the published files. Padded places of the text path are not compared where
-their numbers mean nothing. Hardware: CPU, some seconds.
+Weights go through the very loaders that read the published files. Padded places of the text path
+are not compared where their numbers mean nothing. Hardware: CPU, some seconds.
 """
 
 import argparse
@@ -35,13 +38,21 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from guidance import Guidance, guide
 from losses import clean_estimate
 from ltx import text as text_module
 from ltx.checkpoint import load_weights, read_metadata
 from ltx.gemma import load_gemma
 from ltx.tokenizer import Tokenizer
-from ltx.vae import VideoVAE, patch_pixels, unpatch_pixels
-from model import TransformerConfig, VideoTransformer, blend_clean, euler_step, ltx_guidance, ltx_sigmas, training_sigmas
+from ltx.vae import VAE_PREFIX, VideoVAE, patch_pixels, unpatch_pixels
+from model import (
+    TRANSFORMER_PREFIX,
+    TransformerConfig,
+    VideoTransformer,
+    euler_step,
+    ltx_sigmas,
+    training_sigmas,
+)
 from rope import apply_rotary, rotary_frequencies, rotary_tables
 
 TOLERANCE = 1e-4
@@ -49,7 +60,10 @@ Result = tuple[str, float]  # case, largest absolute difference
 
 
 def difference(ours: Tensor, golden: Tensor, where: Tensor | None = None) -> float:
-    """Largest absolute difference; a wrong shape or a NaN counts as infinite. where (bool): the places that count."""
+    """Largest absolute difference; a wrong shape or a NaN counts as infinite.
+
+    where (bool): the places that count.
+    """
     if ours.shape != golden.shape:
         return math.inf
     error = (ours.double() - golden.double()).abs()
@@ -74,11 +88,12 @@ def build(make, path: Path, prefix: str) -> nn.Module:
 
 def check_transformer(path: Path, tensors: dict[str, Tensor], config: dict) -> Iterator[Result]:
     sizes = TransformerConfig.from_checkpoint(config["transformer"])
-    model = build(lambda: VideoTransformer(sizes), path, "model.diffusion_model.")
-    names = ("latent", "timesteps", "sigma", "positions", "context", "context_mask", "attention_mask")
+    model = build(lambda: VideoTransformer(sizes), path, TRANSFORMER_PREFIX)
+    names = ("latent", "timesteps", "sigma", "positions", "context", "context_mask",
+             "attention_mask")
     for case in cases(tensors, "velocity"):
         prefix = f"io.{case}."
-        golden = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        golden = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
         inputs = {name: golden[name] for name in names if name in golden}
         if stg := re.search(r"stg\w*?(\d+)", case):
             inputs["skip_blocks"] = (int(stg[1]),)
@@ -89,12 +104,12 @@ def check_transformer(path: Path, tensors: dict[str, Tensor], config: dict) -> I
         if "x0" in golden:
             x0 = clean_estimate(golden["latent"], velocity, golden["timesteps"][..., None])
             yield f"{case}.x0", difference(x0, golden["x0"])
-        debug = {key.removeprefix("debug."): value for key, value in golden.items() if key.startswith("debug.")}
-        if debug:
-            seen = inside(model, inputs)
-            for name, value in sorted(debug.items()):
-                ours = seen.get(name)
-                yield f"{case}.debug.{name}", math.inf if ours is None else difference(ours.reshape(value.shape), value)
+        debug = {k.removeprefix("debug."): t for k, t in golden.items() if k.startswith("debug.")}
+        seen = inside(model, inputs) if debug else {}
+        for name, value in sorted(debug.items()):
+            ours = seen.get(name)
+            error = math.inf if ours is None else difference(ours.reshape(value.shape), value)
+            yield f"{case}.debug.{name}", error
 
 
 def inside(model: VideoTransformer, inputs: dict) -> dict[str, Tensor]:
@@ -107,15 +122,17 @@ def inside(model: VideoTransformer, inputs: dict) -> dict[str, Tensor]:
 
         return module.register_forward_hook(hook)
 
-    hooks = [keep(model.patchify_proj, "patchify_out"), keep(model.adaln_single, "adaln_out", "embedded_timestep"),
-             keep(model.prompt_adaln_single, "prompt_adaln_out")]  # fmt: skip
+    hooks = [keep(model.patchify_proj, "patchify_out"),
+             keep(model.adaln_single, "adaln_out", "embedded_timestep"),
+             keep(model.prompt_adaln_single, "prompt_adaln_out")]
     hooks += [keep(block, f"block{i}") for i, block in enumerate(model.transformer_blocks)]
-    with torch.enable_grad():  # as in training: one row of modulation per token instead of one per noise level
+    with torch.enable_grad():  # as in training: a row of modulation per token, not per noise level
         model(**inputs)
     for hook in hooks:
         hook.remove()
     c = model.config
-    seen["rope_cos"], seen["rope_sin"] = rotary_tables(inputs["positions"], c.dim, c.heads, c.theta, c.max_pos)
+    tables = rotary_tables(inputs["positions"], c.dim, c.heads, c.theta, c.max_pos)
+    seen |= zip(("rope_cos", "rope_sin"), tables, strict=True)
     return {name: value.detach() for name, value in seen.items()}
 
 
@@ -125,15 +142,12 @@ def check_rope(path: Path, tensors: dict[str, Tensor], config: dict) -> Iterator
         positions, q = tensors[f"{case}.positions"], tensors[f"{case}.q"]
         if positions.ndim == 4 and not sizes.get("middle_of_patch", True):
             positions = positions[..., 0]
-        axes = positions.shape[1]
-        cos, sin = rotary_tables(positions, sizes["dim"], sizes["heads"], sizes["theta"], sizes["max_pos"])
+        cos, sin = rotary_tables(positions, sizes["dim"], sizes["heads"], sizes["theta"],
+                                 sizes["max_pos"])
         heads = q.unflatten(-1, (sizes["heads"], -1)).transpose(1, 2)  # (B, nh, N, hd)
-        ours = {
-            "freqs": rotary_frequencies(sizes["dim"] // (2 * axes), sizes["theta"]),
-            "cos": cos,
-            "sin": sin,
-            "q_rot": apply_rotary(heads, cos, sin).transpose(1, 2).flatten(2),
-        }
+        count = sizes["dim"] // (2 * positions.shape[1])
+        ours = {"freqs": rotary_frequencies(count, sizes["theta"]), "cos": cos, "sin": sin,
+                "q_rot": apply_rotary(heads, cos, sin).transpose(1, 2).flatten(2)}
         for name, value in ours.items():
             yield f"{case}.{name}", difference(value, tensors[f"{case}.{name}"])
 
@@ -141,10 +155,10 @@ def check_rope(path: Path, tensors: dict[str, Tensor], config: dict) -> Iterator
 def check_vae(path: Path, tensors: dict[str, Tensor], config: dict) -> Iterator[Result]:
     with torch.device("meta"):
         vae = VideoVAE(config["vae"]).eval()
-    load_weights(vae.per_channel_statistics, path, "vae.per_channel_statistics.")
-    halves = [half for half in ("encoder", "decoder") if any(key.startswith(f"vae.{half}.") for key in tensors)]
-    for half in halves:
-        load_weights(getattr(vae, half), path, f"vae.{half}.")
+    halves = [half for half in ("encoder", "decoder")
+              if any(key.startswith(f"{VAE_PREFIX}{half}.") for key in tensors)]
+    for part in ("per_channel_statistics", *halves):
+        load_weights(getattr(vae, part), path, f"{VAE_PREFIX}{part}.")
     for case in cases(tensors, "latent"):
         video, latent = tensors[f"io.{case}.video"], tensors[f"io.{case}.latent"]
         if "encoder" in halves:
@@ -164,15 +178,18 @@ def check_text(path: Path, tensors: dict[str, Tensor], config: dict) -> Iterator
     settings = config["transformer"]
     connector = build(lambda: text_module.Connector(settings), path, text_module.CONNECTOR_PREFIX)
     for case in cases(tensors, "hidden_states"):
-        states, mask = tensors[f"io.{case}.hidden_states"], tensors[f"io.{case}.attention_mask"]
-        extractor = build(lambda s=states: text_module.FeatureExtractor(settings, s.shape[-1], len(s)), path,
-                          text_module.EXTRACTOR_PREFIX)  # fmt: skip
-        valid, features = mask > 0, extractor(list(states), mask)
-        normed = extractor.normalised(list(states), mask)
-        yield f"{case}.normed", difference(normed, tensors[f"io.{case}.normed"], valid)
-        yield f"{case}.features", difference(features, tensors[f"io.{case}.features"], valid)
-        yield f"{case}.context", difference(connector(features, mask), tensors[f"io.{case}.context"])  # every place
-        if (seen := tensors.get(f"io.{case}.context_mask")) is not None:  # we keep none, so it has to be all ones
+        golden = {name: tensors.get(f"io.{case}.{name}") for name in (
+            "hidden_states", "attention_mask", "normed", "features", "context", "context_mask")}
+        states, mask = list(golden["hidden_states"]), golden["attention_mask"]
+        width, count = states[0].shape[-1], len(states)
+        extractor = build(lambda w=width, n=count: text_module.FeatureExtractor(settings, w, n),
+                          path, text_module.EXTRACTOR_PREFIX)
+        valid, features = mask > 0, extractor(states, mask)
+        yield f"{case}.normed", difference(extractor.normalised(states, mask), golden["normed"],
+                                           valid)
+        yield f"{case}.features", difference(features, golden["features"], valid)
+        yield f"{case}.context", difference(connector(features, mask), golden["context"])
+        if (seen := golden["context_mask"]) is not None:  # we keep none, so it has to be all ones
             yield f"{case}.context_mask", difference(torch.ones_like(seen), seen)
 
 
@@ -194,41 +211,54 @@ def check_gemma(path: Path, tensors: dict[str, Tensor], config: dict) -> Iterato
 
 def check_schedule(path: Path, tensors: dict[str, Tensor], config: dict) -> Iterator[Result]:
     for name, run in config["sigmas"].items():
-        yield f"sigmas.{name}", difference(ltx_sigmas(run["steps"], run["tokens"]), tensors[f"sigmas.{name}"])
+        ours = ltx_sigmas(run["steps"], run["tokens"])
+        yield f"sigmas.{name}", difference(ours, tensors[f"sigmas.{name}"])
     draws = [tensors[f"train.{name}"] for name in ("normal", "uniform_value", "uniform_choice")]
     for key in sorted(key for key in tensors if key.startswith("train.t.")):
-        yield key, difference(training_sigmas(int(key.rpartition(".")[2]), *draws), tensors[key])
+        ours = training_sigmas(int(key.rpartition(".")[2]), *draws)
+        yield key, difference(ours, tensors[key])
 
 
 def check_sampler(path: Path, tensors: dict[str, Tensor], config: dict) -> Iterator[Result]:
-    """The whole run from the noise on, with our own values carried from step to step."""
+    """The whole run from the noise on, with our own values carried from step to step.
+
+    LTX-2.3's own guidance, cond + (cfg - 1) (cond - uncond) + stg (cond - perturbed), is ours
+    without a reference. Tokens that its mask keeps are put back after every estimate.
+    """
     sigmas = ltx_sigmas(config["steps"], config.get("tokens", 4096))
     yield "sigmas", difference(sigmas, tensors["sigmas"])
-    clean, mask = tensors["clean_latent"], tensors["denoise_mask"]
-    x = blend_clean(tensors["noise"], clean, mask)
+    guidance = Guidance(config["cfg_scale"], ref_scale=0.0, rescale=config["rescale_scale"],
+                        stg_scale=config["stg_scale"])
+    mask = tensors["denoise_mask"]
+    kept = tensors["clean_latent"] * (1 - mask)
+    x = tensors["noise"] * mask + kept
     yield "latent.0", difference(x, tensors["latent.0"])
     for i in range(config["steps"]):
         levels = mask * sigmas[i]
         yield f"timesteps.{i}", difference(levels, tensors[f"timesteps.{i}"])
-        names = [f"velocity_{name}.{i}" for name in ("cond", "uncond", "ptb")]
-        streams = [clean_estimate(x, tensors[name], levels) if name in tensors else None for name in names]
-        x0 = ltx_guidance(*streams, config["cfg_scale"], config["stg_scale"], config["rescale_scale"])
+
+        def predict(text: bool, ref: bool, skip_blocks: tuple = (), x=x, levels=levels, i=i):
+            name = "ptb" if skip_blocks else "cond" if text else "uncond"
+            return clean_estimate(x, tensors[f"velocity_{name}.{i}"], levels)
+
+        x0 = guide(predict, guidance)
         yield f"guided_x0.{i}", difference(x0, tensors[f"guided_x0.{i}"])
-        x0 = blend_clean(x0, clean, mask)
+        x0 = x0 * mask + kept
         yield f"blended_x0.{i}", difference(x0, tensors[f"blended_x0.{i}"])
         x = euler_step(x, x0, sigmas[i], sigmas[i + 1])
         yield f"latent.{i + 1}", difference(x, tensors[f"latent.{i + 1}"])
 
 
-KINDS = {"transformer": check_transformer, "rope": check_rope, "vae": check_vae, "text_connector": check_text,
-         "gemma3": check_gemma, "schedule": check_schedule, "sampler": check_sampler}  # fmt: skip
+KINDS = {"transformer": check_transformer, "rope": check_rope, "vae": check_vae,
+         "text_connector": check_text, "gemma3": check_gemma, "schedule": check_schedule,
+         "sampler": check_sampler}
 
 
 # ------------------------------------------------------------ the folder
 
 
 def check_file(path: Path) -> Iterator[Result]:
-    check = next((function for kind, function in KINDS.items() if path.name.startswith(kind)), None)
+    check = next((check for kind, check in KINDS.items() if path.name.startswith(kind)), None)
     if check is None:
         print(f"{path.name}: expected a name beginning with one of {sorted(KINDS)}")
         yield "unknown-kind", math.inf
@@ -236,7 +266,7 @@ def check_file(path: Path) -> Iterator[Result]:
     try:
         with torch.no_grad():
             yield from check(path, load_file(path), read_metadata(path)["config"])
-    except (ValueError, KeyError, RuntimeError) as error:  # goes on with the next file, and fails at the end
+    except (ValueError, KeyError, RuntimeError) as error:  # goes on, and fails at the end
         print(f"{path.name}: {type(error).__name__}: {error}")
         yield "not-comparable", math.inf
 
@@ -245,16 +275,18 @@ def check_tokens(path: Path, tokenizer_file: Path) -> float:
     """How many of the recorded strings get other ids; 0 is the only good number."""
     tokenizer = Tokenizer(tokenizer_file)
     recorded = json.loads(path.read_text(encoding="utf-8"))
-    wrong = [case["text"] for case in recorded if [tokenizer.bos, *tokenizer.raw_ids(case["text"])] != case["ids"]]
+    wrong = [case["text"] for case in recorded
+             if [tokenizer.bos, *tokenizer.raw_ids(case["text"])] != case["ids"]]
     if wrong:
-        print(f"{path.name}: {len(wrong)} of {len(recorded)} strings differ, the first is {wrong[0]!r}")
+        print(f"{path.name}: {len(wrong)} of {len(recorded)} strings differ, first {wrong[0]!r}")
     return float(len(wrong)) if recorded else math.inf
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, help="folder with the golden files")
-    parser.add_argument("--tokenizer", type=Path, help="Gemma 3's tokenizer.json (default: tokens are not compared)")
+    parser.add_argument("--tokenizer", type=Path,
+                        help="Gemma 3's tokenizer.json (default: tokens are not compared)")
     args = parser.parse_args(arguments)
     errors: list[float] = []
     for path in sorted(args.folder.glob("*.safetensors")):

@@ -1,17 +1,14 @@
-"""Reference augmentation: what changes, what may not, that all chance comes from the generator; the demo's sheet.
+"""Reference augmentation: what changes, what may not, that all chance comes from the generator.
 
 No weights; pictures are random or drawn here. CPU, a few seconds.
 Run: python -m pytest tests/test_augment.py
 """
 
-import time
-
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from augment import AugmentStrength, augment_color, augment_layout, augment_pose, augment_reference, draw
+from augment import AugmentStrength, augment_color, augment_layout, augment_pose, augment_reference
 
 FAMILIES = {"color": augment_color, "pose": augment_pose, "layout": augment_layout}
 OFF = AugmentStrength(color=0, pose=0, layout=0, flip=0)
@@ -55,7 +52,7 @@ def test_each_family_at_strength_zero_returns_the_input_bit_for_bit(family):
 def test_a_vanishing_strength_changes_vanishingly_little(family):
     image = pictures(1)[0]
     largest = (FAMILIES[family](image, seeded(), 1e-3) - image)[:, 1:-1, 1:-1].abs().max().item()
-    assert largest < 1e-2, largest                                        # smooth picture: no jump at the off-value
+    assert largest < 1e-2, largest  # smooth picture: no jump at the off-value
 
 
 @pytest.mark.parametrize("strength", [0.5, 1.0, 2.0])
@@ -70,60 +67,44 @@ def test_shape_and_range_are_kept_and_nothing_is_nan(strength, shape):
     assert out.max() <= 1, out.max()
 
 
-def test_the_input_is_not_written_to():
-    images = pictures()
-    copy = images.clone()
-    augment_reference(images, seeded())
-    assert torch.equal(images, copy)
-
-
 def test_one_seed_gives_one_result_and_another_seed_another():
     images = pictures()
+    copy, before = images.clone(), torch.get_rng_state()
     assert torch.equal(augment_reference(images, seeded(1)), augment_reference(images, seeded(1)))
-    assert not torch.equal(augment_reference(images, seeded(1)), augment_reference(images, seeded(2)))
-
-
-def test_the_global_random_state_is_neither_read_nor_moved():
-    images = pictures()
-    torch.manual_seed(0)
-    before = torch.get_rng_state()
-    first = augment_reference(images, seeded())
-    assert torch.equal(torch.get_rng_state(), before)
-    torch.manual_seed(1)
-    assert torch.equal(augment_reference(images, seeded()), first)
-
-
-def test_every_picture_of_a_batch_gets_its_own_draw():
-    same = pictures(1).repeat(16, 1, 1, 1)
-    for family in FAMILIES.values():
-        out = family(same, seeded())
-        distance = (out[:, None] - out[None]).abs().flatten(2).amax(dim=-1) + torch.eye(16)
-        assert distance.min() > 0
+    assert torch.equal(images, copy), "the input is not written to"
+    assert torch.equal(torch.get_rng_state(), before), "all chance comes from the generator"
+    assert not torch.equal(
+        augment_reference(images, seeded(1)), augment_reference(images, seeded(2))
+    )
 
 
 def test_pictures_that_draw_nothing_come_back_bit_for_bit():
     images = pictures(400)
     untouched = (~changed(augment_reference(images, seeded()), images)).float().mean().item()
-    assert abs(untouched - 0.2 * 0.5 * 0.5) < 0.04, untouched             # 1 - p of color, pose, layout; 400 draws
+    assert abs(untouched - 0.2 * 0.5 * 0.5) < 0.04, (
+        untouched
+    )  # 1 - p of color, pose, layout; 400 draws
 
 
 @pytest.mark.parametrize(("family", "p"), [("color", 0.8), ("pose", 0.5), ("layout", 0.5)])
 def test_families_are_applied_as_often_as_the_header_says(family, p):
     share = share_changed(**{family: 1.0})
-    assert abs(share - p) < 0.05, share                                   # 2000 draws: three deviations are 0.034
+    assert abs(share - p) < 0.05, share  # 2000 draws: three deviations are 0.034
 
 
 def test_mirror_is_off_by_default_and_its_strength_is_its_probability():
     assert AugmentStrength().flip == 0
     images = pictures(4)
-    assert torch.equal(augment_reference(images, seeded(), AugmentStrength(0, 0, 0, flip=1.0)), images.flip(-1))
+    assert torch.equal(
+        augment_reference(images, seeded(), AugmentStrength(0, 0, 0, flip=1.0)), images.flip(-1)
+    )
     share = share_changed(flip=0.25)
     assert abs(share - 0.25) < 0.04, share
 
 
 def test_color_moves_nothing_equal_pixels_stay_equal():
     image = pictures(1)[0]
-    image[:, :, 16:] = image[:, :, :16]                                   # two equal halves
+    image[:, :, 16:] = image[:, :, :16]  # two equal halves
     out = augment_color(image, seeded(3))
     difference = (out[:, :, 16:] - out[:, :, :16]).abs().max().item()
     assert difference < 1e-6, difference
@@ -157,7 +138,7 @@ def test_pose_does_not_squash_a_wide_canvas():
     out = augment_pose(disc.repeat(64, 1, 1, 1), seeded())
     dark = out[:, 0] < 0
     widths, heights = dark.any(dim=1).sum(dim=-1), dark.any(dim=2).sum(dim=-1)
-    ratio = (widths / heights).float()                                    # 5 degrees of shear alone give 1.09
+    ratio = (widths / heights).float()  # 5 degrees of shear alone give 1.09
     assert ratio.max() < 1.3, ratio.max()
     assert ratio.min() > 1 / 1.3, ratio.min()
 
@@ -165,10 +146,10 @@ def test_pose_does_not_squash_a_wide_canvas():
 def test_layout_shrinks_to_no_less_than_seven_tenths_and_cuts_at_most_a_twentieth():
     black = torch.full((500, 3, 100, 100), -1.0)
     out = augment_layout(black, seeded())
-    # A random ground that is black in all three colours would be taken for picture; this draw has none.
+    # A ground that is black in all three colours would be taken for picture; here is none.
     dark = (out < -0.99).all(dim=1)
     sizes = torch.cat([dark.any(dim=1).sum(dim=-1), dark.any(dim=2).sum(dim=-1)])
-    assert sizes.min() >= 70 - 5 - 2, sizes.min()                         # 0.7, less 5 cut, less 2 blended at the edge
+    assert sizes.min() >= 70 - 5 - 2, sizes.min()  # 0.7, less 5 cut, less 2 blended at the edge
     assert sizes.max() > 97
     left = dark.any(dim=1).float().argmax(dim=-1)
     assert left.min() == 0
@@ -178,11 +159,14 @@ def test_layout_shrinks_to_no_less_than_seven_tenths_and_cuts_at_most_a_twentiet
 def test_layout_grounds_are_white_grey_or_a_colour_a_third_each():
     black = torch.full((900, 3, 40, 40), -1.0)
     out = augment_layout(black, seeded())
-    corners = torch.stack([out[:, :, y, x] for y in (0, -1) for x in (0, -1)], dim=-1)    # (B, 3, 4)
+    corners = torch.stack([out[:, :, y, x] for y in (0, -1) for x in (0, -1)], dim=-1)  # (B, 3, 4)
     brightest = corners.sum(dim=1).argmax(dim=-1)
     ground = corners[torch.arange(900), :, brightest]
-    ground = ground[(ground > -0.99).any(dim=-1)]                         # where the ground shows in a corner
-    white, grey = (ground == 1).all(dim=-1).float().mean(), (ground.abs() < 1e-6).all(dim=-1).float().mean()
+    ground = ground[(ground > -0.99).any(dim=-1)]  # where the ground shows in a corner
+    white, grey = (
+        (ground == 1).all(dim=-1).float().mean(),
+        (ground.abs() < 1e-6).all(dim=-1).float().mean(),
+    )
     assert len(ground) > 600, len(ground)
     assert 0.27 < white < 0.40, white
     assert 0.27 < grey < 0.40, grey
@@ -200,73 +184,17 @@ def test_pose_and_layout_together_are_resampled_once():
     assert spread(twice) < 0.93 * spread(both), (spread(twice), spread(both))
 
 
-@pytest.mark.parametrize("kwargs", [{"color": -0.1}, {"pose": 3}, {"flip": 1.5}, {"layout": float("nan")}])
+@pytest.mark.parametrize(
+    "kwargs", [{"color": -0.1}, {"pose": 3}, {"flip": 1.5}, {"layout": float("nan")}]
+)
 def test_strengths_out_of_range_are_refused(kwargs):
     with pytest.raises(ValueError, match="expected"):
         AugmentStrength(**kwargs)
 
 
-@pytest.mark.parametrize("images", [torch.zeros(3, 8, 8), torch.zeros(1, 1, 8, 8), torch.zeros(1, 3, 8, 8).bfloat16()])
+@pytest.mark.parametrize(
+    "images", [torch.zeros(3, 8, 8), torch.zeros(1, 1, 8, 8), torch.zeros(1, 3, 8, 8).bfloat16()]
+)
 def test_a_picture_without_batch_axis_colours_or_precision_is_refused(images):
     with pytest.raises(ValueError, match="expected images"):
         augment_reference(images, seeded())
-
-
-def test_a_training_batch_takes_a_fraction_of_a_training_step():
-    images, generator = torch.rand(64, 3, 64, 64) * 2 - 1, seeded()
-    seconds = []
-    for _ in range(8):
-        start = time.process_time()
-        augment_reference(images, generator)
-        seconds.append(time.process_time() - start)
-    # 10 to 20 ms of processor time, which others on the machine do not use up; ten times that is allowed.
-    assert min(seconds) < 0.2, min(seconds)
-
-
-# ---- the contact sheet of the demo: cells of the picture's size, 6 apart, 14 more between strengths, from (82, 38) on
-
-
-def cell(sheet, row, column, group, size=32):
-    x, y = 82 + column * (size + 6) + 14 * group, 38 + row * (size + 6)
-    return np.asarray(sheet)[y : y + size, x : x + size]
-
-
-def as_pixels(image):
-    return ((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-
-
-def test_the_sheet_shows_each_family_at_each_strength_and_seed_as_the_functions_draw_it():
-    face = pictures(1)[0, :, :, :24].repeat(1, 2, 2)[:, :32, :32]
-    sheet = draw(face, strengths=(0, 0.5, 1), draws=2)
-    for row, family in enumerate(FAMILIES.values()):
-        column = 1
-        for group, strength in enumerate((0.5, 1), start=1):
-            for seed in range(2):
-                shown, expected = cell(sheet, row, column, group), family(face, seeded(seed), strength)
-                assert (shown == as_pixels(expected)).all(), (row, column)
-                column += 1
-    for seed in range(2):                                                 # the last row is augment_reference
-        expected = augment_reference(face[None], seeded(seed), AugmentStrength(0.5, 0.5, 0.5))[0]
-        assert (cell(sheet, 3, 1 + seed, 1) == as_pixels(expected)).all(), seed
-
-
-def test_the_sheet_shows_the_input_itself_once_a_row_where_the_strength_is_off():
-    face = pictures(1)[0, :, :24, :24]
-    sheet = draw(face, strengths=(0, 1), draws=1)
-    for row in range(4):
-        assert (cell(sheet, row, 0, 0, 24) == as_pixels(face)).all(), row
-    for row in range(3):                                                  # the last row may draw nothing
-        assert (cell(sheet, row, 1, 1, 24) != as_pixels(face)).any(), row
-    assert sheet.size == (82 + 2 * 30 + 2 * 14, 38 + 4 * 30)
-
-
-def test_the_sheet_of_the_demo_fits_a_slide_and_changes_more_from_strength_to_strength():
-    face = F.interpolate(pictures(1), (128, 128), mode="bilinear")[0]
-    sheet = draw(face)
-    assert sheet.width <= 1600
-    for row in range(3):
-        changes = []
-        for i in range(3):                                                # strength 0.25, 0.5, 1, three draws each
-            shown = np.stack([cell(sheet, row, 1 + 3 * i + k, 1 + i, 128) for k in range(3)])
-            changes.append(np.abs(shown - as_pixels(face).astype(float)).mean())
-        assert 0 < changes[0] < changes[1] < changes[2], (row, changes)

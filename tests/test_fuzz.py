@@ -48,12 +48,13 @@ from ltx.checkpoint import check_weights, load_weights, open_file, read_metadata
 from ltx.gemma import GemmaConfig, GemmaTextModel, load_gemma
 from ltx.lora import read_lora
 from ltx.text import check_text
-from ltx.tokenizer import Tokenizer, train_bpe
+from ltx.tokenizer import Tokenizer
 from ltx.vae import VideoVAE
 from model import TRANSFORMER_PREFIX, TransformerConfig, VideoTransformer
 from reference import letterbox
 from study import ablate, evaluate
 from toy import pretrain
+from toy.vocabulary import train_bpe
 from training.run import load_state
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,20 +1,20 @@
-"""Line charts with Pillow: what a training logged, one panel per number, several runs in one picture.
+"""Line charts with Pillow: what trainings logged, a panel per number, a line per run.
 
-A training that goes wrong shows it in a curve long before it shows it in a sample. Two habits of plotting hide it
-again: a smoothed line has no spikes, and a line drawn through a hole looks like a measurement. Here a long log is drawn
-as means with a shade from the smallest to the largest value, so that the one bad step stays visible, and NaN is a gap.
+The idea. A training that goes wrong shows it in a curve long before it shows it in a sample. Two
+habits of plotting hide it again: a smoothed line has no spikes, and a line drawn through a hole
+looks like a measurement. Here a long log is drawn as means with a shade from the smallest to the
+largest value, so that the one bad step stays visible, and NaN is a gap. No part of the paper:
+ST-DRC (arXiv 2606.02441) shows no curves.
 
-Source: no part of the paper. `log.jsonl` holds one JSON object per line: "step", "seconds", and numbers.
+Conventions. log.jsonl holds one JSON object per line: "step", "seconds", numbers. What is no
+number, NaN, infinite or at least 1e200 is a gap; on a logarithmic axis so is what is not positive.
+A resumed run logs some steps twice: the later line counts. Lengths in the code are pixels of a
+drawing of twice the size, which is halved at the end: that smooths its lines.
 
-Conventions: drawn at twice the size and halved, which smooths the lines; lengths inside are pixels of the large
-drawing. What is no int or float, NaN, infinite or at least 1e200 is a gap; on a logarithmic axis so is what is not
-positive. Off-values: `log_y=False`, `bands=None`; series that are all named "" have no legend. A resumed run logs some
-steps twice: the later line counts. With more runs than colours (7) the colours start again.
+    curves({"": read_log("runs/a/log.jsonl")}, "curves.png")     # no name, no legend
+    python -m training.plot runs/a/log.jsonl runs/b/log.jsonl --out curves.png
 
-    curves({"": read_log("runs/a/log.jsonl")}, "curves.png")                     from Python, one run
-    python -m training.plot runs/a/log.jsonl runs/b/log.jsonl --out curves.png            two runs, named a and b
-
-Read next: validate.py
+Read next: training/validate.py
 """
 
 from __future__ import annotations
@@ -29,38 +29,44 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from common.cli import Parser, command
 from common.files import atomic_write
 
-# Okabe and Ito's colours, told apart by colour-blind readers; their yellow is left out, it is too pale on white
-PALETTE = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (230, 159, 0), (86, 180, 233), (0, 0, 0))
+# Okabe and Ito's colours, told apart by the colour-blind; their yellow is too pale on white
+PALETTE = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (230, 159, 0),
+           (86, 180, 233), (0, 0, 0))
 INK, GREY, GRID = (40, 40, 40), (110, 110, 110), (226, 226, 226)
-HUGE = 1e200  # values from here on are gaps: differences and the ends of an axis must stay finite
-POINTS = 150  # a line of twice as many points is drawn in groups: a panel has about three pixels for each
+HUGE = 1e200  # from here on values are gaps: their differences must stay finite
+POINTS = 150  # a line of twice as many is drawn in groups: a panel has three pixels for each
 Values = Sequence[float | None]
 
 
 def known(value: object, log: bool = False) -> bool:
-    """Whether a value can be drawn: an int or float, not NaN, below 1e200, on a logarithmic axis positive."""
-    return type(value) in (int, float) and abs(value) < HUGE and (not log or value > 1 / HUGE)
+    """Whether a value can be drawn; see the conventions above."""
+    return (type(value) in (int, float) and abs(value) < HUGE  # NaN fails
+            and (not log or value > 1 / HUGE))
+
+
+# ------------------------------------------------------------ axes
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """The multiples within [low, high] of a step 1, 2 or 5 x 10^k, the smallest that is at least (high - low) / count.
-
-    Raises ValueError unless low < high.
-    """
+    """Multiples of a step 1, 2 or 5 x 10^k within [low, high]: the smallest step that gives about
+    `count` or fewer. Raises ValueError unless low < high."""
     if not low < high:
         raise ValueError(f"expected low < high, got {low} and {high}; widen a flat range first")
     rough = (high - low) / count
     power = math.floor(math.log10(rough))
-    head, power = next(((h, power) for h in (1, 2, 5) if h * 10.0**power >= rough), (1, power + 1))
-    up, down = 10 ** max(power, 0), 10 ** max(-power, 0)  # whole numbers: 3 * 0.1 is not 0.3, but 3 / 10 is
+    fits = ((h, power) for h in (1, 2, 5) if h * 10.0**power >= rough)
+    head, power = next(fits, (1, power + 1))
+    # whole numbers: 3 * 0.1 is not 0.3, but 3 / 10 is
+    up, down = 10 ** max(power, 0), 10 ** max(-power, 0)
     first, last = (round(end / (head * 10.0**power)) for end in (low, high))
     return [t for k in range(first - 1, last + 2) if low <= (t := k * head * up / down) <= high]
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Ticks of a logarithmic axis from 10^low to 10^high: powers of ten, with 2 and 5 between if it is short."""
+    """Ticks from 10^low to 10^high: powers of ten, with 2 and 5 between if the axis is short."""
     if high - low < 0.7:
         return ticks(10**low, 10**high)
     every, heads = math.ceil((high - low) / 6), (1, 2, 5) if high - low < 2.5 else (1,)
@@ -68,24 +74,16 @@ def log_ticks(low: float, high: float) -> list[float]:
     return [h * 10.0**k for k in powers for h in heads if low <= k + math.log10(h) <= high]
 
 
-def labels(marks: Sequence[float]) -> list[str]:
-    """One text per tick, all with the fewest digits that tell every tick exactly; very small and large ones as 2e-5."""
-    form = "f" if 1e-3 < max(map(abs, marks), default=1) < 1e6 else "e"
-    enough = (d for d in range(17) if all(math.isclose(float(f"{t:.{d}{form}}"), t, rel_tol=1e-12) for t in marks))
-    digits = next(enough, 17)
-    texts = [f"{t:.{digits}{form}}".split("e") if t else ["0"] for t in marks]
-    return [f"{t[0]}e{int(t[1])}" if len(t) > 1 else t[0] for t in texts]
-
-
 class Axis:
-    """Values -> pixels: the smallest value comes to lie a little after `start`, the largest a little before `end`."""
+    """Values -> pixels from `start` to `end`, with a margin of a twentieth on both sides."""
 
     def __init__(self, values: list[float], log: bool = False):
-        self.log, self.start, self.end = log, 0.0, 1.0  # where it lies is known when its labels are: `draw_axes`
+        self.log, self.start, self.end = log, 0.0, 1.0  # set when the labels are: `draw_axes`
         places = [math.log10(v) if log else v for v in values] or [0.0, 1.0]
         low, high = min(places), max(places)
-        size = max(abs(low), abs(high))
-        margin = 0.05 * (high - low) if high - low > 1e-9 * size else 0.1 * size or 1.0  # a flat line needs room too
+        size, margin = max(abs(low), abs(high)), 0.05 * (high - low)
+        if high - low <= 1e-9 * size:  # a flat line needs room too
+            margin = 0.1 * size or 1.0
         self.low, self.high = low - margin, high + margin
 
     def ticks(self, spacing: float) -> list[float]:
@@ -93,12 +91,15 @@ class Axis:
         return log_ticks(self.low, self.high) if self.log else ticks(self.low, self.high, count)
 
     def place(self, value: float) -> float:
-        share = ((math.log10(value) if self.log else value) - self.low) / (self.high - self.low)
-        return self.start + share * (self.end - self.start)
+        value = math.log10(value) if self.log else value
+        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
+
+
+# ------------------------------------------------------------ one panel
 
 
 def pieces(columns: Sequence[Values], log: bool) -> list[list[tuple]]:
-    """Columns (x, y, ...) -> the stretches of points without a gap; a stretch may be a single point."""
+    """Columns (x, y, ...) -> the stretches of points without a gap; some are a single point."""
     out: list[list[tuple]] = [[]]
     for point in zip(*columns, strict=True):
         if known(point[0]) and all(known(v, log) for v in point[1:]):
@@ -108,36 +109,34 @@ def pieces(columns: Sequence[Values], log: bool) -> list[list[tuple]]:
     return [piece for piece in out if piece]
 
 
-def chart(series: dict[str, tuple[Values, Values]], title: str, x_label: str, width: int = 480, height: int = 300,
-          log_y: bool = False, bands: dict[str, tuple[Values, Values, Values]] | None = None) -> Image.Image:
-    """One panel: a line per series through its points (xs, ys), a shade (xs, low, high) in the colour of its series.
+def chart(series: dict[str, tuple[Values, Values]], title: str, x_label: str, width: int = 480,
+          height: int = 300, log_y: bool = False,
+          bands: dict[str, tuple[Values, Values, Values]] | None = None) -> Image.Image:
+    """One panel: a line per series through its points (xs, ys), a shade (xs, low, high) around it.
 
-    width, height: of the picture, in pixels. Dots mark single points and those of a short line. Returns an RGB picture.
-    Raises ValueError for columns of unequal length, a shade without a series, a picture too small for its own labels.
+    bands: the shades, by the name of their series. width, height: of the picture, in pixels. Dots
+    mark single points and those of a short line. Raises ValueError for columns of unequal length.
     """
     bands = bands or {}
-    for name, columns in [*series.items(), *bands.items()]:
-        lengths = [len(values) for values in columns]
-        if name not in series or len(set(lengths)) > 1:
-            raise ValueError(f"expected columns of one length, and a line for every shade, got columns of {lengths} "
-                             f"for {name!r}; give one x per value")
     lines = {name: pieces(columns, log_y) for name, columns in series.items()}
     shades = {name: pieces(columns, log_y) for name, columns in bands.items()}
-    xs = [x for columns in (*series.values(), *bands.values()) for x in columns[0] if known(x)]  # also those of gaps
-    ys = [v for found in (*lines.values(), *shades.values()) for piece in found for point in piece for v in point[1:]]
-    x, y = Axis(xs), Axis(ys, log_y)
+    found = [piece for drawn in (lines, shades) for some in drawn.values() for piece in some]
+    xs = [x for columns in (*series.values(), *bands.values()) for x in columns[0] if known(x)]
+    ys = [value for piece in found for point in piece for value in point[1:]]
+    x, y = Axis(xs), Axis(ys, log_y)  # gaps count in x: a line that ends in NaN ends early
     picture = Image.new("RGB", (2 * width, 2 * height), "white")
     draw = ImageDraw.Draw(picture, "RGBA")  # shades are translucent: none covers another
     draw.text((width, 10), title, INK, ImageFont.load_default(26), anchor="mt")
     top = draw_legend(draw, list(series) if any(series) else [], width)
-    draw_axes(draw, x, y, x_label, top, (width, height), whole=all(v == int(v) for v in xs))
+    draw_axes(draw, x, y, x_label, top, picture.size, whole=all(v == int(v) for v in xs))
     if not ys:
         middle = ((x.start + x.end) / 2, (y.start + y.end) / 2)
         draw.text(middle, "no values", GREY, ImageFont.load_default(24), anchor="mm")
     for name, color in zip(series, cycle(PALETTE), strict=False):
-        for piece in [p for p in shades.get(name, []) if len(p) > 1]:
-            rim = [(a, high) for a, _, high in piece] + [(a, low) for a, low, _ in reversed(piece)]
-            draw.polygon([(x.place(a), y.place(b)) for a, b in rim], (*color, 60))
+        for piece in shades.get(name, []):
+            rim = [(a, high) for a, _, high in piece] + [(a, low) for a, low, _ in piece[::-1]]
+            if len(piece) > 1:
+                draw.polygon([(x.place(a), y.place(b)) for a, b in rim], (*color, 60))
         few = sum(map(len, lines[name])) <= 25
         for piece in lines[name]:
             places = [(x.place(a), y.place(b)) for a, b in piece]
@@ -148,10 +147,10 @@ def chart(series: dict[str, tuple[Values, Values]], title: str, x_label: str, wi
 
 
 def draw_legend(draw: ImageDraw.ImageDraw, names: list[str], width: int) -> int:
-    """Swatches and names below the title, in as many rows as they need; returns the row where the chart may begin."""
+    """Swatches and names in as many rows as they need; returns the row where the chart begins."""
     font, left, top = ImageFont.load_default(22), 24, 48
     for name, color in zip(names, cycle(PALETTE), strict=False):
-        short = name if len(name) <= 32 else f"...{name[-29:]}"  # of a long path the end tells more
+        short = name if len(name) <= 32 else f"...{name[-29:]}"  # of a path the end tells more
         need = 80 + int(draw.textlength(short, font))
         if left > 24 and left + need > 2 * width:
             left, top = 24, top + 30
@@ -161,34 +160,34 @@ def draw_legend(draw: ImageDraw.ImageDraw, names: list[str], width: int) -> int:
     return top + 36 if names else top
 
 
-def draw_axes(draw: ImageDraw.ImageDraw, x: Axis, y: Axis, x_label: str, top: int, size: tuple[int, int],
-              whole: bool) -> None:
-    """Grid, tick labels and frame; tells both axes where they lie. `whole`: ticks of x are whole numbers only."""
-    font, (width, height) = ImageFont.load_default(20), (2 * size[0], 2 * size[1])
+def draw_axes(draw: ImageDraw.ImageDraw, x: Axis, y: Axis, x_label: str, top: int,
+              size: tuple[int, int], whole: bool) -> None:
+    """Grid, labels and frame; tells both axes where they lie. whole: no ticks between integers."""
+    font, (width, height) = ImageFont.load_default(20), size
     y.start, y.end = float(height - 76), float(top + 12)
     rows = y.ticks(spacing=70)
-    texts = [labels([t])[0] for t in rows] if y.log else labels(rows)  # decades do not share their digits
+    texts = [f"{value:.7g}" for value in rows]
     x.start, x.end = 28 + max(draw.textlength(text, font) for text in texts), float(width - 28)
-    if x.end - x.start < 100 or y.start - y.end < 80:
-        raise ValueError(f"expected a picture with room for its labels, got {size[0]} x {size[1]} pixels; "
-                         "make it larger")
     for value, text in zip(rows, texts, strict=True):
         row = int(y.place(value) / 2) * 2  # whole pixels of the small picture keep the grid sharp
         draw.rectangle((x.start, row, x.end, row + 1), GRID)
         draw.text((x.start - 10, row + 1), text, INK, font, anchor="rm")
     columns = [t for t in x.ticks(spacing=150) if not whole or t == int(t)]
-    for value, text in zip(columns, labels(columns), strict=True):
+    for value in columns:
         column = int(x.place(value) / 2) * 2
         draw.rectangle((column, y.end, column + 1, y.start), GRID)
-        draw.text((column + 1, y.start + 10), text, INK, font, anchor="mt")
+        draw.text((column + 1, y.start + 10), f"{value:.7g}", INK, font, anchor="mt")
     draw.line([(x.start, y.end), (x.start, y.start), (x.end, y.start)], GREY, 2)
     draw.text(((x.start + x.end) / 2, height - 12), x_label, GREY, font, anchor="mb")
 
 
-def read_log(path: str | Path) -> list[dict]:
-    """The lines of a log.jsonl, in order. A last line that is cut off is skipped: the run may be writing it just now.
+# ------------------------------------------------------------ logs
 
-    Raises OSError for no file, ValueError naming the line for one that is no JSON object with a finite number "step".
+
+def read_log(path: str | Path) -> list[dict]:
+    """The lines of a log.jsonl. A last line that is cut off is skipped: a run may be writing it.
+
+    Raises OSError for no file, ValueError naming the line that is no JSON object with a "step".
     """
     lines = Path(path).read_bytes().split(b"\n")
     rows = []
@@ -202,67 +201,71 @@ def read_log(path: str | Path) -> list[dict]:
                 break
             row = None
         if not isinstance(row, dict) or not known(row.get("step")):
-            raise ValueError(f'expected a JSON object with a number "step" per line, got {line[:40]!r} in line '
-                             f"{number} of {path}; give the log.jsonl of a run")
+            raise ValueError(f'expected a JSON object with a number "step" per line, got '
+                             f"{line[:40]!r} in line {number} of {path}; give a run's log.jsonl")
         rows.append(row)
     return rows
 
 
 def grouped(rows: list[dict], key: str) -> tuple[list[float], Values, Values, Values]:
-    """One logged number by rising step: (x, mean, smallest, largest) of successive groups, about POINTS of them.
+    """One number by rising step: (x, mean, smallest, largest) of successive groups, about POINTS.
 
-    A log of fewer than 2 POINTS values stays as it is. Lines without the key do not count; a group without a number is
-    a gap, and other groups are taken over the numbers they have.
+    A log of fewer than 2 POINTS values stays as it is. A group without a number is a gap.
     """
-    values = {row["step"]: row[key] for row in rows if key in row}  # of two lines for a step the later one stays
+    values = {row["step"]: row[key] for row in rows if key in row}  # the later of two lines stays
     steps, size = sorted(values), max(1, len(values) // POINTS)
     groups = [steps[start:start + size] for start in range(0, len(steps), size)]
     numbers = [[values[step] for step in group if known(values[step])] for group in groups]
-    return ([sum(group) / len(group) for group in groups], [sum(n) / len(n) if n else None for n in numbers],
+    return ([sum(group) / len(group) for group in groups],
+            [sum(n) / len(n) if n else None for n in numbers],
             [min(n, default=None) for n in numbers], [max(n, default=None) for n in numbers])
 
 
 def panel(logs: dict[str, list[dict]], key: str) -> Image.Image:
-    """The chart of one logged number, a line per run; logarithmic if positive with largest > 100 smallest."""
+    """The chart of one number, a line per run; logarithmic if positive with max > 100 min."""
     found = {name: grouped(rows, key) for name, rows in logs.items()}
-    ends = [v for _, _, lows, highs in found.values() for v in (*lows, *highs) if v is not None]
+    ends = [v for _, _, low, high in found.values() for v in (*low, *high) if v is not None]
     log_y = bool(ends) and min(ends) > 0 and max(ends) > 100 * min(ends)
     bands = {name: (xs, low, high) for name, (xs, _, low, high) in found.items() if low != high}
     note = "step (line: means, shade: smallest to largest)" if bands else "step"
-    return chart({name: (xs, mean) for name, (xs, mean, _, _) in found.items()}, key, note, log_y=log_y, bands=bands)
+    means = {name: (xs, mean) for name, (xs, mean, _, _) in found.items()}
+    return chart(means, key, note, log_y=log_y, bands=bands)
 
 
 def curves(logs: dict[str, list[dict]], path: str | Path) -> None:
-    """Write a PNG with a panel for every logged number but step and seconds, in two columns, a line per run.
+    """Write a PNG with a panel for every number but step and seconds, in two columns.
 
-    logs: name of the run -> what `read_log` gave; without any number the picture says so. Written beside and renamed.
+    logs: name of the run -> what `read_log` gave; without any number the picture says so.
     """
-    keys = dict.fromkeys(key for rows in logs.values() for row in rows for key, value in row.items()
-                         if type(value) in (int, float) and key not in ("step", "seconds"))
+    keys = dict.fromkeys(key for rows in logs.values() for row in rows for key in row
+                         if type(row[key]) in (int, float) and key not in ("step", "seconds"))
     panels = [panel(logs, key) for key in keys] or [chart({}, "nothing logged yet", "step")]
     width, height = panels[0].size
-    sheet = Image.new("RGB", (width * min(2, len(panels)), height * math.ceil(len(panels) / 2)), "white")
+    size = (width * min(2, len(panels)), height * math.ceil(len(panels) / 2))
+    sheet = Image.new("RGB", size, "white")
     for i, picture in enumerate(panels):
         sheet.paste(picture, (i % 2 * width, i // 2 * height))
-    atomic_write(path, lambda beside: sheet.save(beside, format="PNG"))
+    atomic_write(path, lambda temporary: sheet.save(temporary, format="PNG"))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="training.plot", description="Draw what runs logged, one panel per number.")
-    parser.add_argument("logs", nargs="+", type=Path, metavar="log.jsonl", help="one or more, named by their folders")
-    parser.add_argument("--out", type=Path, default=Path("curves.png"), help="PNG to write (default: %(default)s)")
-    args = parser.parse_args(arguments)
-    try:
-        if args.out.suffix.lower() != ".png":
-            raise ValueError(f"expected a name that ends in .png, got {args.out}; give another --out")
-        names = [path.resolve().parent.name for path in args.logs]
-        names = names if len(set(names)) == len(names) else [str(path) for path in args.logs]  # two folders of one name
-        curves({name: read_log(path) for name, path in zip(names, args.logs, strict=True)}, args.out)
-    except (ValueError, OSError) as error:
-        print(f"plot.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+def plot(args: argparse.Namespace) -> None:
+    if args.out.suffix.lower() != ".png":
+        raise ValueError(f"expected a name that ends in .png, got {args.out}; give another --out")
+    names = [path.resolve().parent.name for path in args.logs]
+    if len(set(names)) < len(names):  # two folders of one name
+        names = [str(path) for path in args.logs]
+    logs = {name: read_log(path) for name, path in zip(names, args.logs, strict=True)}
+    curves(logs, args.out)
     print(f"wrote {args.out}")
-    return 0
+
+
+def main(words: list[str] | None = None) -> int:
+    parser = Parser("training.plot", description="Draw what runs logged, one panel per number.")
+    parser.add_argument("logs", nargs="+", type=Path, metavar="log.jsonl",
+                        help="one or more, named by their folders")
+    parser.add_argument("--out", type=Path, default=Path("curves.png"),
+                        help="PNG to write (default: %(default)s)")
+    return command("training.plot", lambda: plot(parser.parse_args(words)))
 
 
 if __name__ == "__main__":

@@ -1,34 +1,32 @@
-"""A training that can be stopped at any moment: states, signals, the log, and the one line that shows how it goes.
+"""A training that can be stopped at any moment: its states, its signals, its log.
 
-The idea. A long training will be interrupted: a time limit, a full disk, a pulled plug. What it costs then is decided
-before. Here everything random in step n is a function of (seed, n, place in the batch), so that "where we are" is one
-number, and a saved state is weights, weight average, optimiser and that number. A run that was killed and went on, and
-one that was never touched, end at the same weights, bit for bit (one process, same machine).
+The idea. A long training will be interrupted: a time limit, a full disk, a pulled plug. Everything
+random in step n is a function of (seed, n, place in the batch), so "where we are" is one number,
+and a saved state is weights, weight average, optimiser and that number. A run that was killed and
+went on, and one that was never touched, end at the same weights, bit for bit (one process, same
+machine).
 
-The failure this prevents: a state that was being written when the power went. States are written beside and renamed, and
-the newest `keep` of them stay; a damaged one is passed over with a warning, and one with NaN in it is never written. What
-all commands share also stands here: one line for a mistake, status 2, and an end after Ctrl-C that leaves nothing half done.
+The failure this prevents: a state that was being written when the power went. States are written
+under a temporary name and renamed, and the newest `keep` of them stay. A damaged one is passed
+over with a warning, and one with NaN in it is never written.
 
-our reading: all of it; ST-DRC (arXiv 2606.02441) says nothing. State files are safetensors, never pickle: loading one cannot
-execute anything. They hold whole tensors, so the number of processes may change between two commands (workers.py).
+our reading: all of it; ST-DRC (arXiv 2606.02441) says nothing. States are safetensors, never
+pickle: loading one cannot execute anything. They hold whole tensors, so the number of processes
+may change between two commands (training/workers.py).
 
-Conventions. `done` = steps that are finished; `seconds` = time spent in steps over all commands. Exit status 128 + signal
-after Ctrl-C (130) or SIGTERM (143).
+Conventions. `done` = finished steps; `seconds` = time spent in steps over all commands.
 
     run = Run("runs/mine", named, optimizer, EMA(named), settings={"lr": 1e-3})
     for step in run.steps(total=3000, minutes=60, samples_per_step=16, name="mine"):
-        ...
-        run.record(loss=loss.item())
+        descend(run, step, loss, schedule(step, 3000), "clips 1, 2")
 
-Read next: plot.py
+Read next: training/plot.py
 """
 
 from __future__ import annotations
 
 import json
 import math
-import random
-import resource
 import signal
 import sys
 import threading
@@ -44,9 +42,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common.files import atomic_write, parse_json
+from common.files import atomic_write, parse_json, sweep
 from training.optim import EMA, MuonAdamW
-from training.workers import all_reduce, full_tensor, put, start_workers
+from training.workers import all_reduce, average_gradients, full_tensor, put, start_workers
 
 LOG_EVERY = 10  # steps; the log has their mean
 
@@ -63,56 +61,57 @@ def load_state(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         return {k: f.get_tensor(k) for k in f.keys()}, parse_json(f.metadata()["info"])
 
 
-def seeded(*numbers: int, device: str = "cpu") -> torch.Generator:
-    """A generator that depends on all `numbers` (seed, step, place ...): resuming at a step needs no saved state."""
-    return torch.Generator(device=device).manual_seed(random.Random(repr(numbers)).getrandbits(63))
-
-
 def memory_gb() -> float:
-    """Largest memory so far: of the card under CUDA, of this process otherwise. GB, 10^9 bytes."""
+    """Largest memory so far, of the card under CUDA, of this process otherwise. GB, 10^9 bytes."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def check_finite(step: int, terms: dict[str, float], clips: str) -> None:
-    """Raise ValueError naming step, term and clips when a loss or gradient is no number, before it reaches the weights."""
+    """Raise ValueError naming step, term and clips when a loss or gradient is no finite number."""
     for name, value in terms.items():
         if not math.isfinite(value):
-            raise ValueError(f"expected finite numbers, got {value} for {name} at step {step}, {clips}; lower --lr and run "
-                             "again: the last saved state is from before")
+            raise ValueError(f"expected finite numbers, got {value} for {name} at step {step}, "
+                             f"{clips}; lower --lr and run again: the last saved state is from "
+                             "before")
 
 
 class Run:
-    """One resumable training run in a folder: `state-<step>.safetensors`, `log.jsonl`, pictures.
+    """One resumable training in a folder: `state-<step>.safetensors`, `log.jsonl`, pictures.
 
-    `for step in run.steps(...)` yields the step numbers that are still to do, saves every `save_seconds`, at the end, when
-    `minutes` are over, and on Ctrl-C or SIGTERM; the same command goes on where it stopped. Everything random in a step
-    must come from `seeded(seed, step, ...)`.
+    `for step in run.steps(...)` yields the steps that are still to do. It saves every
+    `save_seconds`, at the end, when `minutes` are over, and on Ctrl-C or SIGTERM; the same command
+    goes on where it stopped. Everything random in a step must come from `seeded(seed, step, ...)`.
 
-    settings: what must not change on the way (JSON-able); resuming with others raises ValueError naming the first.
+    settings: what must not change on the way (JSON-able); other ones raise ValueError.
     """
 
-    def __init__(self, folder: str | Path, model: dict[str, nn.Parameter], optimizer: MuonAdamW, average: EMA,
-                 settings: dict | None = None, keep: int = 2):
-        self.folder, self.model, self.optimizer, self.ema = Path(folder), model, optimizer, average
-        self.settings, self.keep = settings or {}, keep
+    def __init__(self, folder: str | Path, model: dict[str, Tensor], optimizer: MuonAdamW,
+                 average: EMA, settings: dict | None = None, keep: int = 2):
+        self.folder, self.model, self.optimizer = Path(folder), model, optimizer
+        self.ema, self.settings, self.keep = average, settings or {}, keep
         self.rank, self.world = start_workers()
         self.done, self.seconds, self.signal = 0, 0.0, 0
         self.values: dict[str, list[float]] = defaultdict(list)  # since the last line of the log
         self.began, self.line, self.reported = (time.time(), 0), "", 0
-        if self.rank == 0:
-            for pattern in (".tmp??????", ".*.tmp"):  # half a state, from safetensors or from us: a kill while saving
-                for path in self.folder.glob(pattern):
-                    path.unlink(missing_ok=True)
+        if self.rank == 0:  # half a state, ours or safetensors' own, of a run killed while saving
+            sweep(self.folder)
+            for path in self.folder.glob(".tmp??????"):
+                path.unlink(missing_ok=True)
         self.resume()
 
     # ------------------------------------------------------------ states
 
     def states(self) -> list[Path]:
-        """State files, the newest first; last the one of a run from before they had numbers."""
-        return sorted(self.folder.glob("state*.safetensors"), key=lambda path: path.stem, reverse=True)
+        """State files, newest first; last the one of a run from before they had numbers."""
+        found = self.folder.glob("state*.safetensors")
+        return sorted(found, key=lambda path: path.stem, reverse=True)
 
     def resume(self) -> None:
         """Take up the newest state that can be read; nothing happens in an empty folder."""
@@ -120,21 +119,23 @@ class Run:
             try:
                 tensors, info = load_state(path)
             except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-                print(f"warning: {path} cannot be read ({error}); taking the one before", file=sys.stderr)
+                print(f"warning: {path} cannot be read ({error}); taking the one before",
+                      file=sys.stderr)
                 continue
             break
         else:
             return
         for key, old in info.get("settings", {}).items():
             if key in self.settings and self.settings[key] != old:
-                raise ValueError(f"expected {key} = {old!r}, with which the run in {self.folder} was begun, got "
-                                 f"{self.settings[key]!r}; go on with the old value, or choose another folder")
-        mine = {f"{prefix}.{k}": p for prefix, named in (("model", self.model), ("ema", self.ema.shadow))
-                for k, p in named.items()}
-        for name, p in mine.items():
+                raise ValueError(f"expected {key} = {old!r}, with which the run in {self.folder} "
+                                 f"was begun, got {self.settings[key]!r}; go on with the old "
+                                 "value, or choose another folder")
+        mine = {f"model.{k}": p for k, p in self.model.items()}
+        mine |= {f"ema.{k}": p for k, p in self.ema.shadow.items()}
+        for name, p in mine.items():  # all are checked before the first is changed
             if name not in tensors or tensors[name].shape != p.shape:
-                raise ValueError(f"expected a state of this model in {path}, got one without {name} {tuple(p.shape)}; "
-                                 "choose another folder")
+                raise ValueError(f"expected a state of this model in {path}, got one without "
+                                 f"{name} {tuple(p.shape)}; choose another folder")
         for name, p in mine.items():
             put(p, tensors[name])
         self.optimizer.load(tensors)
@@ -142,8 +143,10 @@ class Run:
         self.forget_later_lines()
 
     def save(self) -> None:
-        """Write the state; every process takes part, because each holds only its shards. Raises OSError, one line, and
-        ValueError rather than put a state that is no number any more in the place of a good one."""
+        """Write the state; every process takes part, because each holds only its shards.
+
+        Raises OSError, and ValueError before a state that is no number replaces a good one.
+        """
         tensors = {f"model.{k}": p for k, p in self.model.items()}
         tensors |= {f"ema.{k}": v for k, v in self.ema.shadow.items()} | self.optimizer.state()
         kept = {}
@@ -157,21 +160,23 @@ class Run:
         last = f"{states[0]} is still good" if states else "nothing was saved before"
         for name, tensor in kept.items():
             if not tensor.isfinite().all():
-                raise ValueError(f"expected finite weights, got NaN or infinity in {name} after step {self.done}; lower "
-                                 f"--lr and run the same command again, {last}")
+                raise ValueError(f"expected finite weights, got NaN or infinity in {name} after "
+                                 f"step {self.done}; lower --lr and run the same command again, "
+                                 f"{last}")
+        info = {"step": self.done, "seconds": self.seconds, "settings": self.settings}
         try:
-            save_state(path, kept, {"step": self.done, "seconds": self.seconds, "settings": self.settings})
+            save_state(path, kept, info)
         except OSError as error:
             message = str(error).partition("; ")[0]
-            raise OSError(f"cannot save step {self.done} in {self.folder}: {message}; make room and run the same command "
-                          f"again, {last}") from None
-        # Files of later steps are damaged ones that were passed over; they must not push out those that can be read.
+            raise OSError(f"cannot save step {self.done} in {self.folder}: {message}; make room "
+                          f"and run the same command again, {last}") from None
+        # Later states are damaged ones that were passed over; they must not push out good ones.
         for old in [state for state in self.states() if state.stem <= path.stem][self.keep:]:
             old.unlink()
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
-        """Inside, the model holds its averaged weights: for looking at it and for saving the result."""
+        """Inside, the model holds its averaged weights: to look at it, to save the result."""
         now = {k: p.detach().clone() for k, p in self.model.items()}
         with torch.no_grad():
             for k, v in self.ema.shadow.items():
@@ -186,7 +191,7 @@ class Run:
     # ------------------------------------------------------------ the log
 
     def log(self, step: int | None = None, **values: float) -> None:
-        """One line of log.jsonl, numbers rounded to seven digits. step None: as many as are done."""
+        """One line of log.jsonl, numbers rounded to seven digits. step None: as many as done."""
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             line = {"step": self.done if step is None else step, "seconds": round(self.seconds, 1)}
@@ -195,7 +200,7 @@ class Run:
                 f.write(json.dumps(line) + "\n")
 
     def record(self, **values: float) -> None:
-        """Numbers of the step being computed, for the line on the screen and, as means, for the log."""
+        """Numbers of the step being computed, for the screen and, as means, for the log."""
         for name, value in values.items():
             self.values[name].append(value)
 
@@ -209,10 +214,11 @@ class Run:
         means = {k: sum(v) / len(v) for k, v in self.values.items()}
         self.values.clear()
         self.log(step, **means, samples_per_second=rate, memory_gb=memory_gb())
-        self.line = ", ".join(f"{k}={v:.3g}" for k, v in means.items()) + f", {rate:.1f} samples/s, {memory_gb():.1f} GB"
+        self.line = ", ".join([*(f"{k}={v:.3g}" for k, v in means.items()),
+                               f"{rate:.1f} samples/s", f"{memory_gb():.1f} GB"])
 
     def forget_later_lines(self) -> None:
-        """A killed run has logged steps after its last state; they will be computed, and logged, again."""
+        """A killed run has logged steps after its last state; they will be computed again."""
         path = self.folder / "log.jsonl"
         if self.rank != 0 or not path.exists():
             return
@@ -228,34 +234,37 @@ class Run:
     # ------------------------------------------------------------ the loop
 
     def agree(self, *wishes: bool) -> list[bool]:
-        """One process's wish is everybody's: processes that stop at different steps would wait for each other for ever."""
+        """What one process wishes all do: one that stopped alone would leave the others waiting."""
         return (all_reduce(torch.tensor(wishes, dtype=torch.float32)) > 0).tolist()
 
     @contextmanager
     def signals(self) -> Iterator[None]:
-        """Inside, Ctrl-C and SIGTERM are only noted, and `steps` ends after the step that is being computed."""
+        """Inside, Ctrl-C and SIGTERM are only noted; `steps` ends after the step in progress."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
+
         def note(number: int, frame: object) -> None:
             self.signal = number
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def steps(self, total: int, minutes: float, samples_per_step: int, name: str, save_seconds: float = 120
-              ) -> Iterator[int]:
-        """Yield what is to do up to step `total`. After a signal: save, say how to go on, exit with 128 + its number.
+    def steps(self, total: int, minutes: float, samples_per_step: int, name: str,
+              save_seconds: float = 120) -> Iterator[int]:
+        """Yield the steps left up to `total`; after a signal save and exit with 128 + its number.
 
-        samples_per_step: of this process. The bar shows the time left; its numbers are means since the last log line.
+        samples_per_step: of this process. The bar's numbers are means since the last log line.
         """
-        start, last_save, before = time.time(), time.time(), self.seconds
+        start = last_save = time.time()
+        before = self.seconds
         self.began = start, self.done
         with self.signals():
-            bar = tqdm(total=total, initial=self.done, desc=name, disable=self.rank != 0, dynamic_ncols=True, mininterval=2)
+            bar = tqdm(total=total, initial=self.done, desc=name, disable=self.rank != 0,
+                       dynamic_ncols=True, mininterval=2)
             while self.done < total:
                 yield self.done
                 self.done += 1
@@ -265,7 +274,8 @@ class Run:
                     self.report(self.done, samples_per_step)
                     bar.set_postfix_str(self.line, refresh=False)
                 late = self.done % 10 == 0 and time.time() - start > minutes * 60
-                stop, save = self.agree(bool(self.signal) or late, time.time() - last_save > save_seconds)
+                overdue = time.time() - last_save > save_seconds
+                stop, save = self.agree(bool(self.signal) or late, overdue)
                 if stop:
                     break
                 if save and self.done < total:
@@ -275,6 +285,21 @@ class Run:
             self.save()
         if self.signal:
             if self.rank == 0:
-                print(f"stopped after step {self.done} of {total}, everything is saved in {self.folder}; "
-                      "the same command goes on", file=sys.stderr)
+                print(f"stopped after step {self.done} of {total}, everything is saved in "
+                      f"{self.folder}; the same command goes on", file=sys.stderr)
             sys.exit(128 + self.signal)
+
+
+def descend(run: Run, step: int, loss: Tensor, factor: float, clips: str) -> None:
+    """One step of the optimiser at `factor` of its rates, on gradients of norm 1 at most.
+
+    Raises ValueError, before a weight moves, when the loss or its gradient is no finite number.
+    """
+    loss.backward()
+    parameters = run.optimizer.parameters()
+    average_gradients(parameters, run.world)
+    norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+    check_finite(step, {"the loss": loss.item(), "the gradient": norm.item()}, clips)
+    run.optimizer.step(factor)
+    for p in parameters:
+        p.grad = None

@@ -1,18 +1,20 @@
-"""Looking at a training while it runs: the loss on clips it never sees, a contact sheet, and the curves.
+"""Looking at a training while it runs: losses on clips it never sees, a contact sheet, the curves.
 
-The idea. The training loss of a diffusion model says little: every step has other clips, other noise levels, other noise.
-Here the clips, the noise and the references are fixed, so that two looks at one run, or at two runs, differ only by
-the weights. A sheet is the better eval_encoder of identity: each row is a reference, then frames of what the model makes of it
-and the clip's caption.
+The idea. The training loss of a diffusion model says little: every step has other clips, other
+noise levels, other noise. Here clips, noise and references are fixed, so that two looks at one
+run, or at two runs, differ only by the weights. For identity a sheet says more than a loss: each
+row is a reference, then frames of what the model makes of it and the clip's caption.
 
-our reading: all of it; ST-DRC (arXiv 2606.02441) shows no training curves. Dropout and augmentation are off here, guidance
-scales are those of the checkpoint's config, otherwise LTX-2.3's.
+our reading: all of it; ST-DRC (arXiv 2606.02441) shows no training curves. Dropout and
+augmentation are off; guidance is that of the checkpoint's config, otherwise LTX-2.3's.
 
-Conventions. Averaged weights, those that will be shipped. With several processes all of them compute, and rank 0 writes.
+Conventions. Averaged weights, those that will be shipped. `clips` are what training reads:
+ClipSource, or the toy world's clips, which have the same `groups`, `batch` and `names`. With
+several processes all of them compute, and rank 0 writes.
 
-    validate(run, clips, 4, True, compute, sample)           # -> log.jsonl, sheet.png and curves.png in run.folder
+    validate(run, clips, 4, True, compute, sample)  # -> log.jsonl, sheet.png, curves.png
 
-Read next: pretrain.py
+Read next: toy/config.py
 """
 
 from __future__ import annotations
@@ -23,26 +25,30 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from clips.dataset import RealClips, WorldClips
+from clips.dataset import ClipSource
 from clips.video import picks, save_sheet
-from denoise import INFERENCE, denoise
+from common.seeds import seeded
+from ltx.load import INFERENCE, guidance_from
 from ltx.vae import VideoVAE
 from model import VideoTransformer, ltx_sigmas
 from reference import encode_reference
+from rope import Layout
+from sample import denoise
 from training import plot
-from training.run import Run, check_finite, seeded
+from training.run import Run, check_finite
 
 LOOKS = 4   # times that every clip is looked at, each with other noise
 SHOWN = 4   # clips on the sheet
 
 
 @torch.no_grad()
-def validate(run: Run, clips: WorldClips | RealClips, size: int, held_out: bool, compute: Callable,
+def validate(run: Run, clips: ClipSource, size: int, held_out: bool, compute: Callable,
              sample: Callable) -> None:
     """Log the losses of `clips` when they are held out, and write the pictures.
 
-    compute(batch, generators) -> losses (2,) and how many clips each is a mean over (2,); sample(indices) -> rows of
-    pictures for the sheet; size: clips in one batch. Raises ValueError when a loss is not finite.
+    compute(batch, generators) -> losses (2,) and how many clips each is a mean over (2,);
+    sample(indices) -> rows of pictures for the sheet; size: clips in one batch. Raises ValueError
+    when a loss is not finite; a picture that cannot be made is no reason to end a training.
     """
     with run.ema_weights():
         if held_out:
@@ -51,53 +57,57 @@ def validate(run: Run, clips: WorldClips | RealClips, size: int, held_out: bool,
         try:
             rows = sample(list(clips.groups[0])[:SHOWN])
             if run.rank == 0:
-                save_sheet(run.folder / "sheet.png", rows, scale=2 if rows[0][0].shape[-1] < 256 else 1)
-        except (OSError, ValueError) as error:  # a picture that cannot be made or written is no reason to end a training
+                scale = 2 if rows[0][0].shape[-1] < 256 else 1
+                save_sheet(run.folder / "sheet.png", rows, scale)
+        except (OSError, ValueError) as error:
             print(f"warning: no contact sheet at step {run.done}: {error}", file=sys.stderr)
     draw_curves(run)
 
 
 def draw_curves(run: Run) -> None:
     """log.jsonl -> curves.png, by rank 0. Only warns when it cannot be written."""
-    if run.rank == 0 and (run.folder / "log.jsonl").exists():
+    log = run.folder / "log.jsonl"
+    if run.rank == 0 and log.exists():
         try:
-            plot.curves({run.folder.name: plot.read_log(run.folder / "log.jsonl")}, run.folder / "curves.png")
+            plot.curves({run.folder.name: plot.read_log(log)}, run.folder / "curves.png")
         except (OSError, ValueError) as error:
             print(f"warning: {error}", file=sys.stderr)
 
 
-def validation_loss(clips: WorldClips | RealClips, size: int, compute: Callable, step: int) -> dict[str, float]:
-    """val_fm and, when a face is known in any clip, val_face: means over all clips and LOOKS draws of noise.
+def validation_loss(clips: ClipSource, size: int, compute: Callable, step: int) -> dict[str, float]:
+    """val_fm and, when a face is known in any clip, val_face: means over clips and LOOKS.
 
     Raises ValueError naming step, loss and clips when one is not finite.
     """
-    counts, sums = torch.zeros(2), torch.zeros(2)
+    names, counts, sums = ("val_fm", "val_face"), torch.zeros(2), torch.zeros(2)
     for group in clips.groups:
         for look in range(LOOKS):
-            for a in range(0, len(group), size):
-                part = list(group[a : a + size])
+            for start in range(0, len(group), size):
+                part = list(group[start:start + size])
                 generators = [seeded(12, look, i) for i in part]
                 values, found = compute(clips.batch(part, generators), generators)
-                check_finite(step, dict(zip(("val_fm", "val_face"), values.tolist(), strict=True)), clips.names(part))
+                terms = dict(zip(names, values.tolist(), strict=True))
+                check_finite(step, terms, clips.names(part))
                 counts += found
                 sums += found * values
-    return {name: (s / n).item() for name, s, n in zip(("val_fm", "val_face"), sums, counts, strict=True) if n}
+    return {name: (s / n).item() for name, s, n in zip(names, sums, counts, strict=True) if n}
 
 
-def sample_clips(clips: WorldClips | RealClips, indices: list[int], config: dict, model: VideoTransformer, vae: VideoVAE,
-                 placement: str, precision: str = "bf16") -> list[list[Tensor]]:
-    """A row of pictures (3, h, w) for each clip: its reference, then up to five frames of the video made for it."""
-    device, defaults = next(vae.parameters()).device.type, {**INFERENCE, **config.get("inference", {})}
+def sample_clips(clips: ClipSource, indices: list[int], config: dict, model: VideoTransformer,
+                 vae: VideoVAE, placement: str, precision: str = "bf16") -> list[list[Tensor]]:
+    """A row of pictures (3, h, w) for each clip: its reference, then frames of the video made."""
+    device = next(vae.parameters()).device.type
+    defaults = {**INFERENCE, **config.get("inference", {})}
     generators = [seeded(13, i) for i in indices]
     batch = clips.batch(indices, generators)
-    noise = torch.stack([torch.randn(batch.x0.shape[1:], generator=g) for g in generators]).to(device)
+    noise = torch.stack([torch.randn(batch.x0.shape[1:], generator=g) for g in generators])
+    sigmas = ltx_sigmas(defaults["steps"], defaults["schedule_tokens"])
     with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
-        tokens = encode_reference(vae.encode, batch.reference.to(device)).float()         # (B, R, C)
-        latent = denoise(model, batch.context.to(device), clips.null_context[None].to(device), tokens, batch.grid,
-                         batch.frame_rate, (vae.time_scale, vae.space_scale),
-                         ltx_sigmas(defaults["steps"], defaults["schedule_tokens"]), noise, defaults["text_scale"],
-                         defaults["ref_scale"], placement=placement, guide_range=defaults["guide_range"],
-                         guide_every=defaults["guide_every"])
-        videos = [vae.decode(z[None])[0].float().cpu() for z in latent]                   # (3, F, h, w) each
-    return [[picture, *(video[:, t] for t in picks(video.shape[1]))] for picture, video in
-            zip(batch.reference, videos, strict=True)]
+        tokens = encode_reference(vae.encode, batch.reference.to(device)).float()   # (B, R, C)
+        scales = batch.frame_rate, vae.time_scale, vae.space_scale
+        latent = denoise(model, noise.to(device), sigmas, batch.context.to(device),
+                         clips.null_context[None].to(device), tokens,
+                         Layout(*batch.grid, *scales, placement), guidance_from(defaults))
+        videos = [vae.decode(z[None])[0].float().cpu() for z in latent]             # (3, F, h, w)
+    return [[picture, *(video[:, t] for t in picks(video.shape[1]))]
+            for picture, video in zip(batch.reference, videos, strict=True)]

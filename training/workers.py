@@ -1,28 +1,27 @@
-"""Several processes, one training: who I am, who holds which part of the weights, and sums over all of us.
+"""Several processes, one training: who holds which part of the weights, and sums over all of us.
 
-The idea. `torchrun --nproc_per_node=N train.py ...` starts the same script N times. Each process takes other clips, and
-all must end every step with the same weights. Two ways to get there:
+The idea. `torchrun --nproc_per_node=N train.py ...` starts the same script N times. Each process
+takes other clips, and all must end every step with the same weights. Two ways to get there:
 
-* "ddp"   every process holds all weights and computes gradients of its own clips; the gradients are averaged.
-* "fsdp"  every process holds 1/N of each weight, of its gradient and of its optimiser state. A block's weights are
-          gathered when the block runs and dropped afterwards (PyTorch's `fully_shard`, block by block). More messages,
-          but a model, or its AdamW state, that fits on no single card can be trained.
+* "ddp"   every process holds all weights, and the gradients of its own clips are averaged.
+* "fsdp"  every process holds 1/N of each weight, of its gradient and of its optimiser state. A
+          block's weights are gathered when the block runs and dropped afterwards (PyTorch's
+          `fully_shard`). More messages, but a model that fits on no single card can be trained.
 
-The failure this prevents: N processes that average their *means*. A process whose clips show no face would halve the
-face loss of the others. So losses are sums divided by counts over everybody (`all_reduce`), and the result does not depend
-on how many processes shared the work.
+The failure this prevents: N processes that average their *means*. A process whose clips show no
+face would halve the face loss of the others. So losses are sums divided by counts over everybody
+(`all_reduce`), and the result does not depend on how many processes shared the work.
 
-our reading: all of it; ST-DRC (arXiv 2606.02441) says nothing about devices. Saved tensors are always whole (`full_tensor`), so a
-run may go on with another number of processes.
+our reading: all of it; ST-DRC (arXiv 2606.02441) says nothing about devices.
 
-Conventions. rank 0 .. world - 1. Without torchrun world is 1, and every function here returns at once. A sharded tensor
-is a DTensor; `full_tensor` and `put` are called by all processes together, in the same order, or they wait for ever.
+Conventions. rank 0 .. world - 1; without torchrun world is 1, and all returns at once. A sharded
+tensor is a DTensor. `full_tensor` and `put` are called by all together, or they wait for ever.
 
     rank, world = start_workers()
     if world > 1 and can_shard(): shard(model, "cpu")
     count = all_reduce(torch.tensor([3.0]))
 
-Read next: run.py
+Read next: training/run.py
 """
 
 import os
@@ -34,36 +33,37 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 
+def device_name() -> str:
+    """ "cuda" or "cpu"; each process uses the card that `start_workers` chose for it."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def use_own_card() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+
+
 def start_workers() -> tuple[int, int]:
-    """(rank, world). Under torchrun joins the process group (gloo on CPU, nccl on CUDA); alone does nothing."""
+    """(rank, world). Under torchrun it joins the process group (gloo on CPU, nccl on CUDA)."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1 and not dist.is_initialized():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        # The usual half hour is too short: one process may wait for another that encodes the last long clips.
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=12))
+        use_own_card()
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        # The usual half hour is too short: others wait while one encodes the last long clips.
+        dist.init_process_group(backend, timeout=timedelta(hours=12))
     return int(os.environ.get("RANK", "0")) if world > 1 else 0, world
 
 
 def settle_thread(threads: int) -> None:
-    """For a thread beside the main one: as many CPU threads, and the card of this process; neither is inherited."""
+    """What a second thread does not inherit: the number of CPU threads, and the process's card."""
     torch.set_num_threads(threads)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    use_own_card()
 
 
 def wait() -> None:
     """Until all processes are here."""
     if dist.is_initialized():
         dist.barrier()
-
-
-def device_name() -> str:
-    """ "cuda" or "cpu"; each process of a node uses the card that `start_workers` chose for it."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-# ---------------------------------------------------------------- sums over all processes
 
 
 def all_reduce(values: Tensor) -> Tensor:
@@ -76,26 +76,26 @@ def all_reduce(values: Tensor) -> Tensor:
 
 
 def average_gradients(parameters: list[nn.Parameter], world: int) -> None:
-    """ "ddp": mean of the gradients over all processes, in one message. Missing gradients count as zero.
+    """ "ddp": mean of the gradients over all processes. Missing gradients count as zero.
 
     Sharded gradients have been averaged by `fully_shard` already and are left alone.
     """
     for p in parameters:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
-    parameters = [p for p in parameters if not is_shard(p)]
-    if world > 1 and parameters:
-        flat = torch.cat([p.grad.flatten() for p in parameters])
+    grads = [p.grad for p in parameters if not is_shard(p)]
+    if world > 1 and grads:
+        flat = torch.cat([g.flatten() for g in grads])  # one message instead of hundreds
         dist.all_reduce(flat)
-        for p, g in zip(parameters, (flat / world).split([p.numel() for p in parameters]), strict=True):
-            p.grad.copy_(g.view_as(p))
+        for g, mean in zip(grads, (flat / world).split([g.numel() for g in grads]), strict=True):
+            g.copy_(mean.view_as(g))
 
 
-# ---------------------------------------------------------------- shards
+# ------------------------------------------------------------ shards
 
 
 def can_shard() -> bool:
-    """Whether there are several processes, and their backend has the two messages that `fully_shard` needs."""
+    """Several processes, whose backend has the two messages that `fully_shard` needs?"""
     if not dist.is_initialized():
         return False
     world, device = dist.get_world_size(), device_name()
@@ -109,18 +109,18 @@ def can_shard() -> bool:
 
 
 def shard(module: nn.Module, device: str) -> nn.Module:
-    """Keep 1/N of every parameter here, rows first; forward gathers them. Frozen parameters too. Returns the module.
+    """Keep 1/N of every parameter here, frozen ones too; forward gathers them. Returns the module.
 
-    Shard each block by itself, then the module around them: what is gathered at one time is then one block.
+    Shard each block by itself, then the module around them: then one block is gathered at a time.
     """
     # Imported here: it takes most of a second, which a process alone need not spend.
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    # PyTorch 2.13 warns of its own old names, and of an output that may be a view; nothing here changes outputs in place.
+    # PyTorch 2.13 warns of its own old names, and of outputs that may be views; we change none.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
-    return fully_shard(module, mesh=init_device_mesh(device, (dist.get_world_size(),)))  # all processes in a row
+    return fully_shard(module, mesh=init_device_mesh(device, (dist.get_world_size(),)))
 
 
 def is_shard(tensor: Tensor) -> bool:
@@ -134,7 +134,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def like(value: Tensor, model: Tensor) -> Tensor:
-    """The whole `value`, which every process has, cut like `model`: on its device, and sharded if it is."""
+    """`value`, which every process holds whole, on the device of `model` and sharded if that is."""
     value = value.to(model.device)
     if is_shard(model):
         from torch.distributed.tensor import distribute_tensor

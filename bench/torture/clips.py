@@ -307,10 +307,10 @@ CACHE = [
 TRAINING = [*TINY, "--face", str(WEIGHTS / "face.safetensors"), "--out", "out/run", "--steps", "1",
             "--manifest", "m.jsonl", *SHAPES, "--cache", "out/cache"]
 NUMBERS = """steps 0, steps -3, steps many, steps 1.5, batch 0, batch -1, accumulate 0, rank 0,
-    rank -4, lr nan, lr inf, lr -1, lr 0, clip nan, clip 0, drop-ref 1.5, drop-both nan,
-    drop-text -0.1, w-face -1, w-face nan, w-id inf, augment-color nan, augment-pose -1, average 2,
-    decay -1, final-lr nan, warmup -5, minutes nan, seed -1, seed 1e3, keep 0, validate-every 0,
-    save-seconds -1, frame-rate nan, placement beside, optimizer sgd, precision fp8, id-reach -1"""
+    rank -4, lr nan, lr inf, lr -1, lr 0, drop-ref 1.5, drop-both nan,
+    drop-text -0.1, w-face -1, w-face nan, w-id inf, augment-color nan, augment-pose -1,
+    final-lr nan, minutes nan, seed -1, seed 1e3, validate-every 0, save-seconds -1,
+    frame-rate nan, placement beside, optimizer sgd, precision fp8"""
 TRAIN = [
     *options("train.py", TRAINING, *((f"--{given.strip()}", f"--{given.split()[0]}")
                                      for given in NUMBERS.split(",")), quick="--lr nan"),

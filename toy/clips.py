@@ -1,0 +1,243 @@
+"""Clips of the procedural world as training reads them: latents, captions, references, faces.
+
+The idea. world.py draws people; here they become the `Batch` of clips/dataset.py, so that train.py
+cannot tell the toy from people's own files. There are two ways. A CPU renders slowly, so it keeps
+what it has rendered and encoded (`python -m toy.pretrain render`, then `encode`): `cached_world`.
+A GPU is faster than a disk, so it draws every clip in the step that asks for it: `fresh_world`. A
+CPU that has kept nothing does the same, so that a first training needs no preparation.
+
+The failure this prevents: a toy with a data path of its own. What works on it would say nothing of
+the path that real clips take.
+
+our reading: all of it; ST-DRC (arXiv 2606.02441) trains on real videos. As in world.py the
+reference shows the person at another moment, in half of the cases in another setting.
+
+Conventions. Rows: person (B, T) traits, setting (B, 3), action (B,), template (B,) of the caption.
+Boxes in pixels. Landmarks are not drawn, so they are NaN; a face is seen in every frame.
+
+    train, validation = open_world(checkpoint, gemma_root, vae, "cpu")
+    batch = train.batch([0, 1], [seeded(0, step, place) for place in range(2)])
+
+Read next: toy/vocabulary.py
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+from tqdm import tqdm
+
+from clips.dataset import Batch, ClipSource, open_manifest
+from common.seeds import seeded
+from losses import pool_face_mask
+from ltx.text import TextEncoder
+from ltx.vae import VideoVAE
+from reference import patchify
+from toy import world
+from toy.config import CLIPS, DATA, FRAME_RATE, FRAMES, GRID, SIZE
+from training.workers import wait
+
+# ------------------------------------------------------------ rows and pictures
+
+
+def clip_rows(split: str, start: int, count: int) -> dict[str, Tensor]:
+    """Who does what where, for clips start..start+count of a split. A pure function."""
+    out = {k: [] for k in ("person", "setting", "action", "template")}
+    everyone = world.people(split, start + count)
+    for i in range(start, start + count):
+        g = seeded(world.SPLIT_SEEDS[split], i)
+        out["person"].append(everyone[i])
+        out["setting"].append(world.draw_settings(1, g)[0])
+        out["action"].append(world.draw_actions(1, g)[0])
+        out["template"].append(torch.randint(len(world.TEMPLATES), (), generator=g))
+    return {k: torch.stack(v) for k, v in out.items()}
+
+
+def captions_of(rows: dict[str, Tensor]) -> list[str]:
+    """The caption of each row, and the null prompt."""
+    each = zip(rows["setting"], rows["action"], rows["template"], strict=True)
+    return [*(world.caption(s, int(a), int(t)) for s, a, t in each), ""]
+
+
+def caption_number(setting: Tensor, action: Tensor, template: Tensor) -> Tensor:
+    """Where the captions of these rows stand in `world.all_captions()`, (B,): digits of a number
+    of mixed base, the scene first."""
+    scene, light, shirt = setting.T
+    number = scene
+    for digit, base in ((light, world.LIGHTS), (shirt, world.SHIRTS), (action, world.ACTIONS),
+                        (template, world.TEMPLATES)):
+        number = number * len(base) + digit
+    return number
+
+
+def render_clips(rows: dict[str, Tensor], generators: Generator | Sequence[Generator],
+                 device: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows -> video (B, 3, F, 64, 64) in [-1, 1], boxes (B, F, 4), face mask of tokens (B, L).
+
+    generators: of the motion; one for all clips, or one for each. device: None = that of the rows.
+    """
+    device = device or rows["person"].device
+    if isinstance(generators, Generator):
+        poses = world.action_poses(rows["action"], FRAMES, generators)     # (B, F, 6)
+    else:
+        poses = torch.cat([world.action_poses(action[None], FRAMES, g)
+                           for action, g in zip(rows["action"], generators, strict=True)])
+    person, setting = rows["person"].to(device), rows["setting"].to(device)
+    video, boxes, mask = world.render(person, setting, poses.to(device), SIZE)
+    return video, boxes, pool_face_mask(mask, 4, 8)
+
+
+@torch.no_grad()
+def encode(vae: VideoVAE, video: Tensor) -> Tensor:
+    """video (B, 3, F, h, w) -> latent tokens (B, L, C), computed in bf16 like everything here."""
+    with torch.autocast(video.device.type, torch.bfloat16):
+        return patchify(vae.encode(video)).float()
+
+
+# ------------------------------------------------------------ sources of batches
+
+
+class WorldClips:
+    """What both ways share: captions, references, the batch. `encode_captions` comes first.
+
+    captions: those that may occur, the null prompt last; count: how many clips an epoch has.
+    """
+
+    def __init__(self, captions: list[str], count: int):
+        self.captions, self.groups = captions, [range(count)]
+
+    @torch.no_grad()
+    def encode_captions(self, text: TextEncoder, quiet: bool = False) -> None:
+        """The text encoder is frozen: each distinct caption is encoded once."""
+        distinct = list(dict.fromkeys(self.captions))
+        blocks = tqdm(range(0, len(distinct), 128), desc="captions", disable=quiet)
+        self.contexts = torch.cat(                                         # (U, N, D)
+            [text.encode(distinct[a : a + 128]).bfloat16().cpu() for a in blocks])
+        place = {caption: row for row, caption in enumerate(distinct)}
+        self.context_row = torch.tensor([place[caption] for caption in self.captions])
+        self.null_context = self.contexts[self.context_row[-1]].float()    # (N, D)
+
+    def clips(self, indices: list[int], generators: Sequence[Generator]) -> dict[str, Tensor]:
+        """x0 (B, L, C), face (B, L), boxes (B, F, 4), person (B, T), setting (B, 3), and caption
+        (B,), its place in `captions`."""
+        raise NotImplementedError
+
+    def batch(self, indices: list[int], generators: Sequence[Generator]) -> Batch:
+        """The clips, each with a picture of its person at another moment."""
+        clips = self.clips(indices, generators)
+        drawn = [world.draw_references(person[None], setting[None], g, SIZE) for person, setting, g
+                 in zip(clips["person"], clips["setting"], generators, strict=True)]
+        pictures, boxes = (torch.cat(part) for part in zip(*drawn, strict=True))
+        B, F = clips["boxes"].shape[:2]
+        return Batch(index=list(indices), grid=GRID, frame_rate=FRAME_RATE, x0=clips["x0"],
+                     context=self.contexts[self.context_row[clips["caption"]]].float(),
+                     face=clips["face"], boxes=clips["boxes"],
+                     landmarks=torch.full((B, F, 5, 2), torch.nan),
+                     seen=torch.ones(B, F, dtype=torch.bool), reference=pictures,
+                     reference_box=boxes, reference_landmarks=torch.full((B, 5, 2), torch.nan),
+                     reference_seen=torch.ones(B, dtype=torch.bool))
+
+    def names(self, indices: list[int]) -> str:
+        return f"clips {indices}"
+
+    def fingerprint(self) -> str:
+        return f"world, {len(self.groups[0])}"
+
+
+class KeptClips(WorldClips):
+    """Rows with their latents (N, L, C), faces (N, L) and boxes (N, F, 4), perhaps on a disk."""
+
+    def __init__(self, rows: dict[str, Tensor], latents: np.ndarray, faces: np.ndarray,
+                 boxes: np.ndarray):
+        super().__init__(captions_of(rows), len(latents))
+        self.rows, self.latents, self.faces, self.boxes = rows, latents, faces, boxes
+
+    def clips(self, indices: list[int], generators: Sequence[Generator]) -> dict[str, Tensor]:
+        i, rows = np.array(indices), torch.tensor(indices)
+        return {"caption": rows, "x0": torch.from_numpy(self.latents[i]).float(),
+                "face": torch.from_numpy(self.faces[i]).float(),
+                "boxes": torch.from_numpy(self.boxes[i]),
+                "person": self.rows["person"][rows], "setting": self.rows["setting"][rows]}
+
+
+class FreshClips(WorldClips):
+    """Every clip is rendered and encoded in the step, and never comes back."""
+
+    def __init__(self, vae: VideoVAE):
+        super().__init__([*world.all_captions(), ""], CLIPS)
+        self.vae = vae
+
+    def clips(self, indices: list[int], generators: Sequence[Generator]) -> dict[str, Tensor]:
+        def each(draw) -> Tensor:
+            return torch.cat([draw(g) for g in generators])
+        rows = {"person": each(lambda g: torch.rand(1, len(world.TRAITS), generator=g)),
+                "setting": each(lambda g: world.draw_settings(1, g)),
+                "action": each(lambda g: world.draw_actions(1, g))}
+        template = each(lambda g: torch.randint(len(world.TEMPLATES), (1,), generator=g))
+        device = next(self.vae.parameters()).device.type
+        video, boxes, face = render_clips(rows, generators, device)
+        return {"caption": caption_number(rows["setting"], rows["action"], template),
+                "x0": encode(self.vae, video), "face": face, "boxes": boxes,
+                "person": rows["person"], "setting": rows["setting"]}
+
+    def fingerprint(self) -> str:
+        return f"{super().fingerprint()}, fresh"
+
+
+def cached_world(folder: Path = DATA / "train") -> KeptClips:
+    """What `python -m toy.pretrain render` and `encode` have written. Raises ValueError when they
+    have not."""
+    if not (folder / "latents.npy").exists():
+        raise ValueError(f"expected latents in {folder}, got none; "
+                         "run `python -m toy.pretrain render`, then `encode`")
+    latents, faces, boxes = (np.load(folder / f"{name}.npy", mmap_mode="r")
+                             for name in ("latents", "faces", "boxes"))
+    return KeptClips(clip_rows("train", 0, len(latents)), latents, faces, boxes)
+
+
+def fresh_world(vae: VideoVAE) -> FreshClips:
+    """Another person in every clip of every step."""
+    return FreshClips(vae)
+
+
+def validation_world(vae: VideoVAE, count: int, device: str) -> KeptClips:
+    """`count` clips of people nobody trains on."""
+    rows = clip_rows("val", 0, count)
+    video, boxes, faces = render_clips(rows, seeded(5), device)
+    kept = (encode(vae, video), faces, boxes)
+    return KeptClips(rows, *(x.cpu().numpy() for x in kept))
+
+
+def open_world(checkpoint: Path, gemma_root: Path, vae: VideoVAE, device: str, quiet: bool = False
+               ) -> tuple[WorldClips, WorldClips]:
+    """(clips to train on, 16 of other people to look at), with the contexts of their captions."""
+    if device == "cpu" and (DATA / "train" / "latents.npy").exists():
+        clips = cached_world()
+    else:
+        clips = fresh_world(vae)
+        if not quiet:
+            print("every clip is rendered and encoded in its step; a CPU is faster with kept ones: "
+                  "`python -m toy.pretrain render`, then `encode`")
+    text = TextEncoder.load(checkpoint, gemma_root, device, torch.float32).eval()
+    both = clips, validation_world(vae, 16, device)
+    for part in both:
+        part.encode_captions(text, quiet)
+    return both
+
+
+def open_data(args: Namespace, vae: VideoVAE, device: str, rank: int = 0, world_size: int = 1
+              ) -> tuple[ClipSource, ClipSource, bool]:
+    """(clips to train on, clips to look at, whether the second are never trained on), from
+    train.py's arguments."""
+    if args.manifest is None:
+        return *open_world(args.checkpoint, args.gemma_root, vae, device, quiet=rank > 0), True
+    share = rank, world_size, wait
+    train = open_manifest(args.manifest, args, vae, device, *share)
+    if args.validation is None:
+        return train, train, False
+    return train, open_manifest(args.validation, args, vae, device, *share), True

@@ -1,9 +1,9 @@
 """The torture table: its quick refusals hold, and it would notice if they did not.
 
-Shown: every quick case that is refused at once is refused as the table says (bad pictures, numbers,
-outputs, weights, manifests ...), and the harness finds each kind of misbehaviour in a command made
-for that purpose. Cases that sample, and faults, are only in `python -m bench.torture`.
-Hardware: CPU, about 15 s. Run: python -m pytest tests/test_torture.py
+Shown: every second quick case that is refused at once is refused as the table says (bad pictures,
+numbers, outputs, weights, manifests ...), and the harness finds each kind of misbehaviour in a
+command made for that purpose. The rest, and faults, are only in `python -m bench.torture`.
+Hardware: CPU, about 8 s. Run: python -m pytest tests/test_torture.py
 """
 
 import json
@@ -14,14 +14,14 @@ from pathlib import Path
 from bench.torture.harness import ROOT, Case, Row, run_case
 
 
-def test_every_quick_bad_input_is_refused_in_one_line_and_leaves_nothing(tmp_path):
+def test_quick_bad_inputs_are_refused_in_one_line_and_leave_nothing(tmp_path):
     """In a process of its own: a fork of pytest would inherit other tests' threads."""
     words = [sys.executable, "-m", "bench.torture", "--quick", "--refused", "--json",
              str(tmp_path / "rows.json")]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=600)
     rows = [Row(**row) for row in json.loads((tmp_path / "rows.json").read_text())]
     assert not [f"{row.case}: {row.why}; {row.line}" for row in rows if not row.good]
-    assert done.returncode == 0 and len(rows) >= 60, done.stderr
+    assert done.returncode == 0 and len(rows) >= 30, done.stderr
     assert f"bad inputs tried: {len(rows)} ({len(rows)} refused, 0 work)" in done.stdout
     assert "bytes lost: 0" in done.stdout and "not as expected: 0" in done.stdout
     table = done.stdout.split("\n\n")[0].splitlines()

@@ -294,21 +294,24 @@ class Block(nn.Module):
         context_bias: Tensor | None,    # (B, 1, 1, N)
         skip: bool,                     # STG: perturb the self-attention
     ) -> Tensor:
-        # torch.addcmul(x, gate, y) is x + gate * y in one pass. Three rows at a time: at full size
-        # nine rows for every token would be half a gigabyte.
+        # torch.addcmul(x, gate, y) is x + gate * y in one pass. Three rows at a time, and none
+        # longer than it is needed: at full size a row for every token is 50 megabytes.
         shift, scale, gate = levels.of(self.scale_shift_table, 0, 3)  # (B, S, D), or (1, D) each
         h = modulate(x, shift, scale, self.eps)                           # (B, S, D)
+        del shift, scale
         h = self.attn1(h, rotary=rotary, bias=bias, skip=skip)            # (B, S, D)
         x = torch.addcmul(x, gate, h)
 
         shift, scale, gate = levels.of(self.scale_shift_table, 6, 3)      # 6, not 3: see the header
         h = modulate(x, shift, scale, self.eps)                           # (B, S, D)
+        del shift, scale
         shift, scale = prompt_levels.of(self.prompt_scale_shift_table, 0, 2)      # (B, 1, D) each
         prompt = torch.addcmul(shift, context, 1 + scale)                 # (B, N, D) without a norm
         x = torch.addcmul(x, gate, self.attn2(h, prompt, bias=context_bias))
 
         shift, scale, gate = levels.of(self.scale_shift_table, 3, 3)
         h = modulate(x, shift, scale, self.eps)                           # (B, S, D)
+        del shift, scale
         return torch.addcmul(x, gate, self.ff(h))                         # (B, S, D)
 
 

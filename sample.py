@@ -234,8 +234,9 @@ def resolve(args: argparse.Namespace) -> tuple[Tensor, float | None]:
     transformer, vae = check_parts(args.checkpoint_path, args.gemma_root)
     options.resolve_placement(args, transformer)
     defaults = read_inference(config, args.checkpoint_path)
-    options.resolve_numbers(args, defaults, transformer.config.num_layers)
+    options.resolve_numbers(args, defaults)
     args.layout = layout_from(vars(args), vae, args.placement)
+    options.check_numbers(args, transformer.config.num_layers)
     options.resolve_machine(args)
     check_memory(config, vae, args.layout, args.torch_dtype, args.device)
     canvas = load_canvas(args.ref, args.height, args.width)[None]

@@ -90,6 +90,10 @@ def check_parts(path: str | os.PathLike, gemma_root: str | os.PathLike
                 ) -> tuple[VideoTransformer, VideoVAE]:
     """Transformer and VAE as shapes. Every tensor that will be read is there, and the text model
     belongs to the checkpoint; else ValueError."""
+    for name in ("config.json", "tokenizer.json"):
+        if not (Path(gemma_root) / name).is_file():
+            raise ValueError(f"expected {name} in the Gemma folder {gemma_root}, got none; check "
+                             "--gemma-root")
     transformer = empty_transformer(path)
     with shapes_from(path):
         vae = VideoVAE(read_metadata(path)["config"]["vae"])

@@ -8,7 +8,8 @@ LTX-2.3:     the names and the official numbers.
 paper:       nothing of this (ST-DRC, arXiv 2606.02441, gives no interface).
 
     args = build_parser().parse_args()
-    resolve_numbers(args, read_inference(config, path), num_layers=48)    # fills args.guidance
+    resolve_numbers(args, read_inference(config, path))
+    check_numbers(args, num_layers=48)                                    # makes args.guidance
 
 Read next: clips/frames.py
 """
@@ -110,8 +111,8 @@ def resolve_placement(args: argparse.Namespace, transformer: nn.Module) -> None:
     args.placement = args.placement or trained or "tass"
 
 
-def resolve_numbers(args: argparse.Namespace, defaults: dict, num_layers: int) -> None:
-    """Numbers that were not given, and the guidance that they make."""
+def resolve_numbers(args: argparse.Namespace, defaults: dict) -> None:
+    """Numbers that were not given."""
     if args.distilled:
         if args.num_inference_steps not in (None, len(DISTILLED_SIGMAS) - 1):
             raise ValueError(f"expected {len(DISTILLED_SIGMAS) - 1} steps with --distilled, got "
@@ -128,6 +129,10 @@ def resolve_numbers(args: argparse.Namespace, defaults: dict, num_layers: int) -
     for name, value in defaults.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
+
+
+def check_numbers(args: argparse.Namespace, num_layers: int) -> None:
+    """What cannot be meant, and then args.guidance."""
     check_ranges(args, RANGES)
     args.guidance = guidance_from(vars(args), args.order)
     wrong = [block for block in args.stg_blocks if not 0 <= block < num_layers]

@@ -66,9 +66,10 @@ class FeatureExtractor(nn.Module):
         states: num_states x (B, N, Dg), mask (B, N) -> (B, N, Dg * num_states).
         """
         # Layers differ in scale by orders of magnitude: without this only the loudest is heard.
-        states = [F.rms_norm(state, (state.shape[-1],), eps=1e-6) for state in states]
-        # Element j * num_states + l is feature j of state l.
-        flat = torch.stack(states, dim=-1).flatten(2)  # (B, N, Dg * states)
+        # Element j * num_states + l is feature j of state l. No name for the normalised states:
+        # they would outlive the stack, two gigabytes of LTX-2.3's.
+        flat = torch.stack(tuple(F.rms_norm(state, (state.shape[-1],), eps=1e-6)
+                                 for state in states), dim=-1).flatten(2)  # (B, N, Dg * states)
         return torch.where(mask[..., None] > 0, flat, torch.zeros_like(flat))
 
     def forward(self, states: Sequence[Tensor], mask: Tensor) -> Tensor:

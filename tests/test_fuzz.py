@@ -239,8 +239,9 @@ ANY_ROWS = st.lists(st.one_of(st.dictionaries(KEYS, VALUES, max_size=7), changed
 def manifests(kind: str) -> Callable[[Path], Kind]:
     lines = ANY_ROWS.map(lambda rows: "\n".join(json.dumps(row) for row in rows).encode())
     head = ",".join(ROW).encode() + b"\n"
+    whole = ANY_ROWS.map(lambda rows: json.dumps({"data": rows}).encode())
     data = {"jsonl": st.one_of(lines, lines.flatmap(lambda good: damage(good or b"{}"))),
-            "json": ANY_ROWS.map(lambda rows: json.dumps({"data": rows}).encode()),
+            "json": st.one_of(whole, whole.flatmap(damage)),
             "csv": st.one_of(damage(",".join(ROW.values()).encode()), st.binary(max_size=60)).map(
                 lambda line: head + line)}
 

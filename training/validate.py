@@ -9,7 +9,7 @@ our reading: all of it; ST-DRC (arXiv 2606.02441) shows no training curves. Drop
 augmentation are off; guidance is that of the checkpoint's config, otherwise LTX-2.3's.
 
 Conventions. Averaged weights, those that will be shipped. `clips` are what training reads:
-ClipSource, or the toy world's clips, which have the same `groups`, `batch` and `names`. With
+any ClipSource, which have the same `groups`, `batch` and `names`. With
 several processes all of them compute, and rank 0 writes.
 
     validate(run, clips, 4, True, compute, sample)  # -> log.jsonl, sheet.png, curves.png

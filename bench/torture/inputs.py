@@ -273,7 +273,6 @@ NUMBERS = [
         ("a side with 5000 digits", "--height " + "8" * 5000, "--height"),
         ("40 000 001 frames", "--num-frames 40000001", ABSURD, QUICK),
         ("10 000 frames of 8192 x 8192", "--num-frames 10001 --height 8192 --width 8192", ABSURD),
-        ("sides of 160 000 in one piece", "--height 160000 --width 160000 --no-tiling", ABSURD),
         ("not a whole number", "--height 64.5", "invalid int value"),
         ("not a number", ["--frame-rate", "\x1b[31mfast\n"], "invalid float value", QUICK),
         ("steps zero", f"{STEPS} 0", f"{STEPS} between 1", QUICK),
@@ -301,7 +300,7 @@ NUMBERS = [
         ("--plan of a NaN", "--plan --text-scale nan", "finite")),
     *(Case(f"--{flag} {value}", lambda folder, word=f"--{flag}={value}": sample(word),
            says=f"--{flag} between", quick=value == "nan")
-      for flag in ("text-scale", "ref-scale", "rescale", "stg-scale", "phase-scale", "frame-rate")
+      for flag in ("text-scale", "ref-scale", "rescale", "stg-scale", "frame-rate")
       for value in ("nan", "inf", "-inf", "-1e9")),
 ]
 

@@ -331,14 +331,14 @@ EVALUATE = options(
     ("--rescale 2", "--rescale"), ("--guide-range 1 0", "; "), ("--guide-range nan 1", "; "),
     ("--guide-every 0", "; "), ("--seed -1", "--seed"), ("--split train", "split"),
     ("--order x", "order"), ("--rows x", "rows"), ("--dtype fp8", "dtype"),
-    ("--eval_encoder none.safetensors", "; "), ("--head evil.pt", "; "),
+    ("--eval-encoder none.safetensors", "no file"), ("--head evil.pt", "; "),
     ("--output-path file/e.json", "; "), ("--folder file", "; "), ("--videos none", "; "),
     ("--videos out", "; "), ("--videos file", "; "), *WEIGHTS_WRONG)
 PRETRAIN = options(
     "toy.pretrain", (), ("sing", "sing"), ("", "stage"), ("vae --steps 0", "; "),
     ("base --steps -1", "; "), ("vae --steps x", "--steps"), ("base --batch 0", "; "),
     ("vae --minutes nan", "; "), ("render --clips 0", "; "), ("render --clips -5", "; "),
-    ("face --seed -1", "; "), ("head --wide", "--wide"))
+    ("face --seed -1", "; "), ("head_pose --wide", "--wide"))
 ABLATE = options(
     "study.ablate", ("run", "--folder", "out/a", *TINY), ("--steps 0", "--steps"),
     ("--batch -1", "--batch"), ("--people 1", "--people"), ("--jobs 0", "--jobs"),

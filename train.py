@@ -19,8 +19,8 @@ paper:       Gemma and the VAE stay frozen, the video DiT is trained.
 LTX-2.3:     the law of sigma; LoRA rank, clipping and precision of its in-context LoRA example.
 our reading: every other number; most are explained at their line.
 
-The default is a LoRA; --full trains every weight of the transformer. The same command resumes a
-stopped run. Conventions. sigma 1 = noise, 0 = data; a weight of 0 switches a loss off.
+With --manifest the default is a LoRA; --full trains every weight of the transformer. The same
+command resumes a stopped run. Conventions. sigma 1 = noise, 0 = data; a weight of 0 switches a loss off.
 
 Read next: common/files.py
 """
@@ -100,21 +100,22 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, default=Path("runs/st-drc"), help="states, log, pictures, result")
     add_data_arguments(p)  # --manifest, --validation, --buckets ...: what is read
     # What is trained. LTX-2.3: rank and alpha of its in-context LoRA, float32 over a bf16 base.
-    add("--full", action="store_true", help="train all weights instead of a LoRA")
+    add("--full", action=switch, help="train all weights instead of a LoRA")
     add("--rank", type=int, default=32, help="of the LoRA; alpha = rank")
     add("--placement", choices=list(PLACEMENTS), default="tass", help="where reference tokens sit")
     # How long, how much. LTX-2.3's trainer: 3000 steps, batch 1 or 2, decay to a tenth.
     add("--steps", type=int, default=3000)
-    add("--batch", type=int, default=1, help="clips at a time in each process")
+    add("--batch", type=int, help="clips at a time in each process; default 1, on the world 16")
     add("--accumulate", type=int, default=1, help="batches of each process in one step")
     # LTX-2.3: 2e-4 for its in-context LoRA. our reading: the others
     add("--lr", type=float, help="default 2e-4; with --full 1e-5, with Muon 1e-3, 3e-3 on matrices")
     add("--final-lr", type=float, help="factor at the end; default 0.1 (LTX-2.3), with Muon 0")
-    add("--optimizer", choices=["adamw", "muon"], default="adamw",
-        help="LTX-2.3: AdamW. Muon (training/optim.py) needs --full")
+    add("--optimizer", choices=["adamw", "muon"],
+        help="LTX-2.3: AdamW. Muon (training/optim.py) needs --full, and is usual with it on the "
+             "world")
     add("--precision", choices=["bf16", "fp32"], default="bf16", help="LTX-2.3: bf16 mixed")
-    add("--gradient-checkpointing", action=switch, default=True,
-        help="recompute blocks: slower, far less memory (LTX-2.3)")
+    add("--gradient-checkpointing", action=switch,
+        help="recompute blocks: slower, far less memory; on, as in LTX-2.3, except on the world")
     # our reading: InstructPix2Pix drops 5 % each; text_first guidance needs v_0 and v_T most
     add("--drop-ref", type=float, default=0.10, help="share of samples without reference")
     add("--drop-both", type=float, default=0.05, help="share without reference and without text")
@@ -134,7 +135,17 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--save-seconds", type=float, default=120, help="time between saved states")
     add("--validate-every", type=int, default=500, help="steps: loss, contact sheet, curves.png")
     add("--compile", action=switch, default=False, help="torch.compile: minutes, then faster")
-    return p.parse_args(words)
+    args = p.parse_args(words)
+    # our reading: without a manifest, how the bundled weights were trained. The world is small, so
+    # all weights learn at once, and fast enough that fifty steps show something.
+    toy = args.manifest is None
+    args.full = toy if args.full is None else args.full
+    usual = {"batch": 16 if toy else 1, "gradient_checkpointing": not toy,
+             "optimizer": "muon" if toy and args.full else "adamw"}
+    for name, value in usual.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return args
 
 
 def check_arguments(args: argparse.Namespace) -> None:

@@ -20,7 +20,8 @@ LTX-2.3:     the law of sigma; LoRA rank, clipping and precision of its in-conte
 our reading: every other number; most are explained at their line.
 
 With --manifest the default is a LoRA; --full trains every weight of the transformer. The same
-command resumes a stopped run. Conventions. sigma 1 = noise, 0 = data; a weight of 0 switches a loss off.
+command resumes a stopped run. Conventions. sigma 1 = noise, 0 = data; a weight of 0 switches a
+loss off.
 
 Read next: common/files.py
 """

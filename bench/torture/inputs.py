@@ -262,11 +262,11 @@ STEPS = "--num-inference-steps"
 NUMBERS = [
     *refusals(
         ("height between sizes", "--height 65", "multiple of 8, got 65; use 64 or 72", QUICK),
-        ("height zero", "--height 0", "--height between 1", QUICK),
+        ("height zero", "--height 0", "use 8", QUICK),
         ("width negative", "--width -64", "--width between 1", QUICK),
         ("frames between sizes", "--num-frames 8", "use 5 or 9"),
-        ("frames zero", "--num-frames 0", "--num-frames between 1"),
-        ("frames negative", "--num-frames -8", "--num-frames between 1"),
+        ("frames zero", "--num-frames 0", "use 1"),
+        ("frames negative", "--num-frames -8", "use 1"),
         ("sides of 800 000", "--height 800000 --width 800000", ABSURD, QUICK),
         ("a side of 8 * 10^18", "--height 8000000000000000000", "--height"),
         ("a side with 30 digits", "--height 8" + "0" * 29, "--height", QUICK),

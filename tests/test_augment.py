@@ -136,11 +136,20 @@ def test_pose_does_not_squash_a_wide_canvas():
     y, x = torch.meshgrid(torch.arange(64) - 31.5, torch.arange(128) - 63.5, indexing="ij")
     disc[:, :, (x**2 + y**2) < 20**2] = -1
     out = augment_pose(disc.repeat(64, 1, 1, 1), seeded())
-    dark = out[:, 0] < 0
-    widths, heights = dark.any(dim=1).sum(dim=-1), dark.any(dim=2).sum(dim=-1)
-    ratio = (widths / heights).float()  # 5 degrees of shear alone give 1.09
-    assert ratio.max() < 1.3, ratio.max()
-    assert ratio.min() > 1 / 1.3, ratio.min()
+    longest = []
+    for dark in out[:, 0] < 0:
+        spread = torch.linalg.eigvalsh(torch.cov(dark.nonzero().float().T))
+        longest.append((spread[1] / spread[0]).sqrt().item())  # of the ellipse's two axes
+    assert max(longest) < 1.2, longest  # 5 degrees of shear alone give 1.09
+
+
+def test_pose_and_layout_both_show_where_both_are_drawn():
+    black = torch.full((300, 3, 100, 100), -1.0)
+    dark = (augment_reference(black, seeded(), AugmentStrength(0, 1, 1)) < -0.99).all(dim=1)
+    rows, columns = dark.any(dim=2).sum(dim=-1), dark.any(dim=1).sum(dim=-1)
+    filled = dark.sum(dim=(1, 2)) / (rows * columns)  # below 1: tilted in its bounding box
+    assert ((rows < 85) & (columns < 85) & (filled < 0.95)).any(), "small and tilted"
+    assert ((rows < 85) & (columns < 85) & (filled > 0.99)).any(), "small and upright"
 
 
 def test_layout_shrinks_to_no_less_than_seven_tenths_and_cuts_at_most_a_twentieth():

@@ -118,6 +118,8 @@ def test_16_bit_grey_keeps_its_brightness_and_does_not_clip_to_white(mode):
     picture = Image.fromarray(np.full((8, 8), 90 * 257, dtype=dtype))
     assert picture.mode == mode
     assert_colour(letterbox(picture, 8, 8), (90, 90, 90))
+    brightest = Image.fromarray(np.full((8, 8), 65535, dtype=dtype))
+    assert_colour(letterbox(brightest, 8, 8), (255, 255, 255))
 
 
 def test_camera_rotation_is_applied():

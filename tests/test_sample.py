@@ -21,8 +21,9 @@ from tiny import INFERENCE, SIZES, draw_face, livelier, write_tiny
 
 import sample
 from ltx import options
+from ltx.checkpoint import open_file, write_file
 from ltx.lora import add_lora, save_lora
-from model import VideoTransformer
+from model import DISTILLED_SIGMAS, VideoTransformer
 
 PROMPT = "a person in a red shirt laughs"
 
@@ -208,9 +209,17 @@ def test_weights_that_wait_elsewhere_give_the_same_video_and_float8_a_similar_on
 
 
 def test_distilled_sampling_takes_eight_fixed_steps_in_one_stream_and_says_so(
-    tiny, tmp_path, capfd
+    tiny, tmp_path, capfd, monkeypatch
 ):
+    levels, walk = [], sample.denoise_steps
+
+    def noted(model, noise, sigmas, *rest):
+        levels.append(tuple(round(sigma, 6) for sigma in sigmas.tolist()))
+        return walk(model, noise, sigmas, *rest)
+
+    monkeypatch.setattr(sample, "denoise_steps", noted)
     a = generate(tiny, tmp_path / "a.mp4", "--distilled", **{"text-scale": "5"})
+    assert levels == [DISTILLED_SIGMAS]
     seen = capfd.readouterr()
     assert "--distilled runs one stream; --text-scale" in seen.out
     assert "8/8" in seen.err and "denoise [text+face]" in seen.err
@@ -270,6 +279,18 @@ def test_a_dry_run_prints_the_settings_and_writes_nothing(tiny, tmp_path, capsys
     out = capsys.readouterr().out
     assert "height = 32" in out and "num_inference_steps = 3" in out and "streams" in out
     assert not list(tmp_path.iterdir())
+
+
+def test_a_tensor_that_is_missing_is_named_before_anything_is_loaded(tiny, tmp_path, capsys):
+    with open_file(tiny / "model.safetensors") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        metadata = file.metadata()
+    for name in ("vae.decoder.conv_out.conv.bias", "model.diffusion_model.proj_out.bias"):
+        rest = {key: tensor for key, tensor in tensors.items() if key != name}
+        write_file(tmp_path / "less.safetensors", rest, metadata)
+        less = arguments(tiny, tmp_path / "o.mp4", "--dry-run",
+                         **{"checkpoint-path": tmp_path / "less.safetensors"})
+        assert sample.main(less) == 2 and name in capsys.readouterr().err
 
 
 def test_the_help_shows_defaults_and_two_real_commands():

@@ -263,7 +263,7 @@ NUMBERS = [
     *refusals(
         ("height between sizes", "--height 65", "multiple of 8, got 65; use 64 or 72", QUICK),
         ("height zero", "--height 0", "use 8", QUICK),
-        ("width negative", "--width -64", "--width between 1", QUICK),
+        ("width negative", "--width -64", "--width .*use 8", QUICK),
         ("frames between sizes", "--num-frames 8", "use 5 or 9"),
         ("frames zero", "--num-frames 0", "use 1"),
         ("frames negative", "--num-frames -8", "use 1"),

@@ -389,7 +389,7 @@ def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     config = read_metadata(args.checkpoint)["config"]
     # paper: the VAE is frozen; gradients of the identity loss pass through it
-    vae = VideoVAE.load(args.checkpoint, device, torch.float32).requires_grad_(False)
+    vae = VideoVAE.load(args.checkpoint, device, torch.float32)
     net = load_facenet(args.face, device) if args.w_id > 0 else None
     data, shown, held_out = open_data(args, vae, device, rank, world_size)
     sharded = args.parallel == "fsdp" and can_shard()

@@ -46,7 +46,7 @@ from clips.frames import FORMAT, IMAGES, Bucket, Probe, Unusable, load_clip, pro
 from clips.manifest import Report, Row, add_manifest_arguments, check_arguments, check_row
 from common.cli import Parser, command
 from common.files import atomic_write, parse_json, read_text, sweep
-from ltx.checkpoint import load_weights, open_file, read_metadata, shapes_from
+from ltx.checkpoint import open_file, read_metadata
 from ltx.offload import OFFLOADS
 from ltx.text import CONNECTOR_PREFIX, EXTRACTOR_PREFIX, TextEncoder, check_text
 from ltx.vae import VideoVAE
@@ -381,18 +381,6 @@ def lazy_encoder(checkpoint: str | Path, gemma_root: str | Path, device: str | t
     return lambda captions: encoder().encode(captions)
 
 
-def load_vae(checkpoint: str | Path, device: str | torch.device = "cpu") -> nn.Module:
-    """The checkpoint's VAE in float32, frozen. Raises ValueError when it has none."""
-    config = read_metadata(checkpoint)["config"]
-    if "vae" not in config:
-        raise ValueError(f"expected 'vae' in the config of {checkpoint}, got none; use the full "
-                         "checkpoint")
-    with shapes_from(checkpoint):
-        vae = VideoVAE(config["vae"])
-    vae = load_weights(vae, checkpoint, "vae.", torch.float32, device)
-    return vae.eval().requires_grad_(False)
-
-
 # ------------------------------------------------------------ command line
 
 
@@ -404,7 +392,7 @@ def _counting(encode, made):
 
 
 def _make_latents(args):
-    vae, made = load_vae(args.checkpoint, args.device), []
+    vae, made = VideoVAE.load(args.checkpoint, args.device, torch.float32), []
     once = functools.partial(check_once, folder=args.folder)
     report = check_arguments(args, vae.time_scale, vae.space_scale, once)
     encode = _counting(lambda clip: vae.encode(clip.to(args.device)), made)

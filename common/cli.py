@@ -72,24 +72,25 @@ def check_folder(folder: Path) -> None:
 
 
 @contextmanager
-def stoppable() -> Iterator[None]:
-    """Inside, Ctrl-C and SIGTERM raise KeyboardInterrupt(their number), wherever the program was
-    started from."""
+def signals(react: Callable[[int, object], None]) -> Iterator[None]:
+    """Inside, Ctrl-C and SIGTERM call react(number, frame), wherever the program was started from.
+
+    Python allows that in the main thread only; elsewhere nothing changes.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-
-    def stop(number: int, frame: object) -> None:
-        # a progress bar that is thrown away half made complains
-        sys.unraisablehook = lambda _: None
-        raise KeyboardInterrupt(number)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, react) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _stop(number: int, frame: object) -> None:
+    sys.unraisablehook = lambda _: None  # a progress bar that is thrown away half made complains
+    raise KeyboardInterrupt(number)
 
 
 def command(name: str, work: Callable[[], object], stopped: str = "the same command goes on",
@@ -102,7 +103,7 @@ def command(name: str, work: Callable[[], object], stopped: str = "the same comm
     """
     hook = sys.unraisablehook
     try:
-        with stoppable():
+        with signals(_stop):
             work()
         return 0
     except KeyboardInterrupt as signalled:

@@ -27,7 +27,7 @@ from ltx.checkpoint import check_weights, read_metadata, shapes_from
 from ltx.lora import lora_changes, read_lora
 from ltx.offload import cast_linears, load_streamed
 from ltx.text import check_text
-from ltx.vae import VideoVAE
+from ltx.vae import VAE_PREFIX, VideoVAE
 from model import TRANSFORMER_PREFIX, TransformerConfig, VideoTransformer
 from rope import Layout, reference_grid
 
@@ -98,7 +98,7 @@ def check_parts(path: str | os.PathLike, gemma_root: str | os.PathLike
     with shapes_from(path):
         vae = VideoVAE(read_metadata(path)["config"]["vae"])
     check_weights(transformer, path, TRANSFORMER_PREFIX)
-    check_weights(vae, path, "vae.")
+    check_weights(vae, path, VAE_PREFIX)
     check_text(path, gemma_root)
     return transformer, vae
 

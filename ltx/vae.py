@@ -262,7 +262,7 @@ class VideoVAE(nn.Module):
     @classmethod
     def load(cls, path: str | os.PathLike, device: str | torch.device = "cpu",
              dtype: torch.dtype | None = None) -> "VideoVAE":
-        """The VAE of a checkpoint; dtype None keeps the stored type.
+        """The VAE of a checkpoint, frozen (paper: figure); dtype None keeps the stored type.
 
         Raises ValueError for a file that is no LTX-2.3 checkpoint, or has no VAE or another one.
         """
@@ -272,7 +272,7 @@ class VideoVAE(nn.Module):
                              "use the full checkpoint")
         with shapes_from(path):
             vae = cls(config["vae"])
-        return load_weights(vae, path, VAE_PREFIX, dtype, device).eval()
+        return load_weights(vae, path, VAE_PREFIX, dtype, device).eval().requires_grad_(False)
 
     def statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and deviation of each latent channel, both (1, C, 1, 1, 1), from after training."""

@@ -25,6 +25,7 @@ from clips.frames import Bucket, Unusable, load_clip
 from clips.manifest import check, read_manifest
 from ltx.checkpoint import open_file, write_file
 from ltx.text import CONNECTOR_PREFIX, EXTRACTOR_PREFIX, TextEncoder
+from ltx.vae import VideoVAE
 
 
 class Mean(nn.Module):
@@ -345,7 +346,8 @@ def test_the_command_makes_everything_once_and_says_so(
     key = text_key(model / "model.safetensors", model / "gemma", folder)
     contexts = cache_contexts(["", "red 1"], None, folder, key)
     encoder = TextEncoder.load(model / "model.safetensors", model / "gemma", dtype=torch.float32)
-    vae, path = cache.load_vae(model / "model.safetensors"), tmp_path / "manifest.jsonl"
+    vae = VideoVAE.load(model / "model.safetensors", dtype=torch.float32)
+    path = tmp_path / "manifest.jsonl"
     latents = cache_latents(check(path, SMALL).used, vae, None, folder)
     with torch.no_grad():
         latent = vae.encode(load_clip(tmp_path / "0.mp4", WIDE)[None])[0]

@@ -10,7 +10,7 @@ from argparse import Namespace
 
 import pytest
 
-from common.cli import Parser, check_folder, check_ranges, command, stoppable
+from common.cli import Parser, check_folder, check_ranges, command, signals
 
 
 def raising(error: BaseException):
@@ -91,7 +91,7 @@ def test_outside_the_main_thread_signals_are_left_alone():
     done = []
 
     def work():
-        with stoppable():
+        with signals(lambda number, frame: None):
             done.append(True)
 
     thread = threading.Thread(target=work)

@@ -22,12 +22,13 @@ from PIL import Image, ImageColor, ImageDraw
 from tiny import write_tiny
 
 import train
-from clips.cache import CachedLatents, load_vae
+from clips.cache import CachedLatents
 from clips.dataset import Batch, Order, RealClips, check_batch, open_manifest, shard_indices
 from clips.frames import load_clip, parse_buckets
 from clips.manifest import check
 from common.seeds import seeded
 from losses import IDENTITY_MAX_SIGMA, pool_face_mask
+from ltx.vae import VideoVAE
 from reference import letterbox, patchify
 
 # ------------------------------------------------------------ which clips
@@ -197,7 +198,7 @@ def real(tmp_path_factory):
     args = Namespace(buckets="64x96x9", frame_rate=24.0, root=[], allow_outside=False,
                      checkpoint=folder / "model.safetensors", gemma_root=folder / "gemma",
                      offload_text="none", cache=folder / "cache")
-    vae = load_vae(args.checkpoint)
+    vae = VideoVAE.load(args.checkpoint, dtype=torch.float32)
     return open_manifest(clipfiles.manifest(folder, *rows), args, vae, "cpu"), vae
 
 

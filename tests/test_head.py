@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from clips.cache import load_vae
 from common.seeds import seeded
+from ltx.vae import VideoVAE
 from toy import head, world
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights" / "tiny"
@@ -24,7 +24,7 @@ def estimator():
 @pytest.fixture(scope="module")
 def views():
     """Pictures, poses and presence of 80 people."""
-    vae = load_vae(WEIGHTS / "model.safetensors")
+    vae = VideoVAE.load(WEIGHTS / "model.safetensors", dtype=torch.float32)
     return head.head_views(world.people("val", 80), vae, seeded(1))
 
 

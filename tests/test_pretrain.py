@@ -14,11 +14,10 @@ import torch
 from torch import nn
 
 import train
-from clips.cache import load_vae
 from clips.face import load_facenet
 from common.files import atomic_write
 from ltx.checkpoint import open_file, read_metadata
-from ltx.vae import psnr
+from ltx.vae import VideoVAE, psnr
 from toy import config, pretrain, recognisers, world
 from training import validate
 
@@ -85,7 +84,8 @@ def test_cached_latents_have_unit_scale_and_are_those_of_the_shipped_vae(made):
     latents = np.load(made / "data/train/latents.npy").astype(np.float32)
     assert abs(latents.mean()) < 0.1 and abs(latents.std() - 1) < 0.15, latents.std()
     video = np.load(made / "data/train/video.npy")[3:5]
-    again = pretrain.encode(load_vae(made / "runs/base.safetensors"), video)
+    vae = VideoVAE.load(made / "runs/base.safetensors", dtype=torch.float32)
+    again = pretrain.encode(vae, video)
     assert torch.allclose(again.float(), torch.from_numpy(latents[3:5]), atol=0.05)
 
 
@@ -133,7 +133,7 @@ def test_the_bundled_checkpoint_has_these_tables():
     assert stored["vae"] == config.TINY_VAE and stored["transformer"] == config.TINY_TRANSFORMER
     floor = stored["inference"].pop("reference_psnr_floor")
     assert stored["inference"] == config.TINY_INFERENCE
-    vae = load_vae(BUNDLED / "model.safetensors")
+    vae = VideoVAE.load(BUNDLED / "model.safetensors", dtype=torch.float32)
     clip = torch.zeros(1, 3, config.FRAMES, config.SIZE, config.SIZE)
     assert vae.encode(clip).shape[2:] == config.GRID
     assert abs(pretrain.reference_floor(vae) - floor) < 0.3, "measured again"

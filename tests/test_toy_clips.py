@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from clips.cache import load_vae
 from common.seeds import seeded
 from ltx.checkpoint import read_metadata
+from ltx.vae import VideoVAE
 from reference import patchify
 from toy import clips, world
 from toy.config import FRAME_RATE, FRAMES, GRID, SIZE
@@ -22,7 +22,7 @@ TINY = Path(__file__).resolve().parent.parent / "weights" / "tiny"
 
 @pytest.fixture(scope="module")
 def vae():
-    return load_vae(TINY / "model.safetensors")
+    return VideoVAE.load(TINY / "model.safetensors", dtype=torch.float32)
 
 
 class FakeText:

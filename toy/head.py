@@ -212,7 +212,7 @@ def head_stage(args: argparse.Namespace, device: str) -> None:
     """Train on people drawn anew in every step -> weights/tiny/head_pose.safetensors."""
     torch.manual_seed(args.seed + 2000)
     checkpoint = WEIGHTS / "model.safetensors"
-    # Not load_vae: this VAE's random start comes before the network's, whose seed it shares.
+    # Not VideoVAE.load: this VAE's random start comes before the network's, whose seed it shares.
     vae = VideoVAE(read_metadata(checkpoint)["config"]["vae"])
     load_weights(vae, checkpoint, "vae.", torch.float32, device).eval().requires_grad_(False)
     net = HeadPoseEstimator().to(device)

@@ -38,7 +38,6 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from clips.cache import load_vae
 from clips.dataset import Order, shard_indices
 from clips.video import save_sheet
 from common.cli import Parser, check_folder, check_ranges, command
@@ -269,7 +268,7 @@ def encode_stage(args: argparse.Namespace, device: str) -> None:
     if not args.keep_text:
         freeze_vae(args, device)
     if device == "cpu":  # a GPU encodes what it renders, in the step
-        vae = load_vae(vae_file(args))
+        vae = VideoVAE.load(vae_file(args), dtype=torch.float32)
         sweep(DATA / "train")  # of a command that was killed
         videos = Clips(device).video
         atomic_write(DATA / "train" / "latents.npy", lambda path: encode_clips(vae, videos, path))
@@ -398,7 +397,7 @@ def base_stage(args: argparse.Namespace, device: str) -> None:
         text = TextEncoder.load(WEIGHTS / "model.safetensors", WEIGHTS / "gemma", device,
                                 torch.float32).eval()
     named = dict(learning.to(device).named_parameters())
-    vae = load_vae(vae_file(args), device)
+    vae = VideoVAE.load(vae_file(args), device, torch.float32)
     data = cached_world() if device == "cpu" else fresh_world(vae)
     if args.keep_text and device == "cpu":
         check_latents(vae)
@@ -489,7 +488,7 @@ def export_stage(args: argparse.Namespace, device: str) -> None:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
         kept = {key: value for key, value in file.metadata().items()
                 if key in ("reference_placement", "training_steps")}
-    floor = reference_floor(load_vae(trained))
+    floor = reference_floor(VideoVAE.load(trained, dtype=torch.float32))
     config = {"transformer": TINY_TRANSFORMER, "vae": TINY_VAE,
               "inference": TINY_INFERENCE | {"reference_psnr_floor": floor}}
     save_checkpoint(WEIGHTS / "model.safetensors", tensors, config, kept)

@@ -27,9 +27,7 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 import sys
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -42,6 +40,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from common.cli import signals
 from common.files import atomic_write, parse_json, sweep
 from training.optim import EMA, MuonAdamW
 from training.workers import all_reduce, average_gradients, full_tensor, put, start_workers
@@ -237,21 +236,8 @@ class Run:
         """What one process wishes all do: one that stopped alone would leave the others waiting."""
         return (all_reduce(torch.tensor(wishes, dtype=torch.float32)) > 0).tolist()
 
-    @contextmanager
-    def signals(self) -> Iterator[None]:
-        """Inside, Ctrl-C and SIGTERM are only noted; `steps` ends after the step in progress."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def note(number: int, frame: object) -> None:
-            self.signal = number
-        before = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def _note(self, number: int, frame: object) -> None:
+        self.signal = number
 
     def steps(self, total: int, minutes: float, samples_per_step: int, name: str,
               save_seconds: float = 120) -> Iterator[int]:
@@ -262,7 +248,7 @@ class Run:
         start = last_save = time.time()
         before = self.seconds
         self.began = start, self.done
-        with self.signals():
+        with signals(self._note):  # only noted: the step in progress is finished first
             bar = tqdm(total=total, initial=self.done, desc=name, disable=self.rank != 0,
                        dynamic_ncols=True, mininterval=2)
             while self.done < total:

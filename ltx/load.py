@@ -140,8 +140,10 @@ def check_memory(config: dict, vae: VideoVAE, layout: Layout, dtype: torch.dtype
     without a word."""
     if device == "cuda":
         there = torch.cuda.get_device_properties(0).total_memory
-    else:
+    elif hasattr(os, "sysconf"):
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:
+        return  # Windows does not tell
     least = plan.least_bytes(config, vae, (layout.F, layout.H, layout.W), dtype)
     part = max(least, key=least.get)
     if least[part] > there:

@@ -192,7 +192,8 @@ def _demo() -> None:
             terms = (f"{weight:+.0f} {NAMES[s]}" for s, weight in stream_weights(g).items())
             print(f"{order:17s}{scales}   ({x:+.2f}, {y:+.2f})  ", *terms)
     print("At (3, 0) text_first is the base model's own text guidance, without the reference.")
-    print("Notice: all orders agree at (1, 1), for one call, and the two chains at equal scales.")
+    print("Notice: all orders agree at (1, 1), for one call; text_first and reference_first agree")
+    print("at equal scales, where the middle stream cancels. Elsewhere they part.")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 """Where a token is: LTX-2.3's rotary positions, and where ST-DRC puts the reference among them.
 
 Every token carries a coordinate (time, row, column). Rotary position embedding turns it into
-angles and rotates queries and keys by them, so that an attention score depends only on how far
-two tokens are apart. The reference picture's tokens join the video's (reference.py); the question
+angles and rotates queries and keys by them, so that position enters a score only as the difference
+of two coordinates. The reference picture's tokens join the video's (reference.py); the question
 left is *which* coordinates they get. On top of the first video frame, "look at the same place" is
 the easiest thing to learn, and the model pastes the reference's pixels into the video. Just after
 the last frame and past its lower right corner, the picture shares no coordinate with any video
@@ -134,9 +134,9 @@ class Layout:
 def rotary_frequencies(count: int, theta: float, device: torch.device | None = None) -> Tensor:
     """`count` angular frequencies from pi/2 to theta*pi/2, evenly spaced in the exponent.
 
-    LTX-2.3: made in float64, then rounded. At the top end angles reach 1e4 rad, where float32
-    steps by 1e-3: a grid made in float32, or angles made in float64, would visibly miss what the
-    weights were trained with. Returns (count,) float32.
+    LTX-2.3: frequencies are made in float64 and rounded, angles in float32, as in training: at
+    the top end they reach 1e4 rad, where float32 steps by 1e-3, so any other rounding shows.
+    Returns (count,) float32.
     """
     exponent = torch.linspace(0.0, 1.0, count, dtype=torch.float64, device=device)
     return (theta**exponent * (torch.pi / 2)).to(torch.float32)
@@ -217,8 +217,8 @@ def score_map(layout: Layout, frame: int, dim: int = 4096, heads: int = 32) -> T
 
 
 def _demo() -> None:
-    print("The paper's example: a 3 x 4 reference, 5 frames of 3 rows x 4 columns. Then scores by")
-    print("place alone, equal q and k: 32 heads of 128, LTX-2.3's 121 frames of 512 x 768.")
+    print("The paper's example: a 3 x 4 reference, 5 frames of 3 rows x 4 columns. Then, for")
+    print("LTX-2.3's 121 frames of 512 x 768 (16 x 16 x 24 cells), scores by place, q = k.")
     for name in ("overlap", "time_only", "space_only", "tass"):
         (time, row, left), (_, bottom, right) = reference_grid(5, 3, 4, name)[[0, -1]].tolist()
         print(f"{name}: reference at time {time}, rows {row}..{bottom}, columns {left}..{right}")

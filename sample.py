@@ -16,10 +16,11 @@ LTX-2.3:     Euler steps on the clean estimate in float32; noise schedule, sizes
 our reading: the order of guidance and its scales; --rescale measures the spread on the video
              tokens only, because the streams have unequal numbers of tokens.
 
-Conventions. Sigma 1 = noise, 0 = data. Scales: 1 = not amplified; --ref-scale 0 = no face;
---rescale 0, --guide-range 0 1 and --guide-every 1 = off. What the checkpoint's config says under
-"inference" is the default, otherwise LTX-2.3's own numbers: the small bundled model and the 22B
-model take one path. Noise is drawn on the CPU: a seed means the same noise on every device.
+Conventions. Sigma 1 = noise, 0 = data. Scales: 1 = not amplified; --ref-scale 0 = no face
+(text_first); --rescale 0, --guide-range 0 1 and --guide-every 1 = off. What the checkpoint's
+config says under "inference" is the default, otherwise LTX-2.3's own numbers: the small bundled
+model and the 22B model take one path. Noise is drawn on the CPU: a seed means the same noise on
+every device.
 
 Read next: train.py
 """
@@ -96,13 +97,13 @@ def denoise_steps(
                              skip_blocks=skip_blocks)                     # (B, L, C)
         return clean_estimate(x, v, sigma)                                # (B, L, C) float32
 
-    # float32: thirty small steps in bfloat16 would lose what they add
+    # float32: small steps in bfloat16 would lose what they add
     x, deltas = noise.to(torch.float32), {}                               # (B, L, C)
     for i, what in enumerate(guidance_steps(sigmas, guidance)):
         stream = partial(estimate, x, sigmas[i].to(x.device).expand(B))
         if what == "all":
             deltas.clear()  # and made anew by guide
-        if what == "one":  # the conditions stay, only their amplification goes
+        if what == "one":  # all conditions whose scale is not 0, none amplified
             x0 = stream(guidance.text_scale != 0, guidance.ref_scale != 0)        # (B, L, C)
         else:
             x0 = guide(stream, guidance, deltas if guidance.every > 1 else None)  # (B, L, C)
@@ -124,7 +125,7 @@ def denoise(
     """`denoise_steps` to the end: the latent video (B, C, F, H, W), float32."""
     steps = denoise_steps(model, noise, sigmas, context, null_context, reference_tokens, layout,
                           guidance)
-    x, _ = deque(steps, maxlen=1).pop()                                   # (B, L, C), the last one
+    x, _ = deque(steps, maxlen=1).pop()  # runs them all, keeps the last: (B, L, C)
     return unpatchify(x, layout.F, layout.H, layout.W)
 
 

@@ -239,8 +239,8 @@ def rope() -> Image.Image:
     page.text(234, 570, "the query, a video token of the nearest frame")
     page.box(578, 561, 28, 18, edge=INK, width=2)
     page.text(614, 570, "the same cell of the reference")
-    page.text(20, 601, "No place stands out with tass. The face is found by content: q and k are "
-              "learnt, and eye asks for eye wherever it lies.")
+    page.text(20, 601, "With tass the same cell is not ahead. The face is found by content: q and k "
+              "are learnt, and eye asks for eye wherever it lies.")
     return page.done()
 
 
@@ -369,11 +369,11 @@ def guidance(scales: tuple[float, float] = (3, 2)) -> Image.Image:
         _walk(page, order, scales, left + 22)
     for x, color, width, words in ((20, PROMPT, 1.8, "what the prompt changes"),
                                    (318, REFERENCE, 1.8, "what the face changes"),
-                                   (560, LINE, 5, "times its scale")):
+                                   (560, LINE, 5, "times its scale (two_deltas: less 1)")):
         page.arrow((x, 416), (x + 38, 416), color=color, width=width)
         page.text(x + 46, 416, words)
-    page.text(764, 416, "guided velocity")
-    page.dot(750, 416, 7, INK, INK)
+    page.text(774, 448, "guided velocity")
+    page.dot(760, 448, 7, INK, INK)
     page.text(42, 448, "a stream, one call of the model:   v_0 sees neither,   v_T the prompt,   "
               "v_R the face,   v_RT both")
     page.dot(27, 448, 5, WHITE, GREY)
@@ -502,7 +502,7 @@ def pipeline() -> Image.Image:
         page.tokens(colors, 36 + 11 * column + 15 * t, 278 + 11 * row - 11 * t, 11, 11, edge)
     page.text(36, 243, "noisy video tokens", 15, VIDEO, bold=True)
     page.text(258, 436, "TASS: after the last frame,\npast its corner", 15, REFERENCE, "r")
-    page.arrow((262, 342), (280, 342))
+    page.arrow((262, 398), (280, 398))  # to the stream that sees the face
     _three_calls(page)
     page.arrow((782, 520), (782, 634))
     page.text(772, 562, "after the last step", align="r")

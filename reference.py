@@ -180,8 +180,9 @@ def predict_velocity(
     """Append, run the model, drop: the velocity of the video tokens, in sampling and in training.
 
     paper: the reference beside the video in one sequence. tokens (B, L, C), all at noise level
-    sigma (B,), which the model is told once a token and once more for the prompt; positions (A, L, 2) or (B, A, L, 2); context (B, N, D), the prompt; reference None =
-    its tokens are absent. our reading: `options` go to the model as they are. Returns (B, L, C).
+    sigma (B,), which the model is told for every token and once more for the prompt; positions
+    (A, L, 2) or (B, A, L, 2); context (B, N, D), the prompt; reference None = its tokens are
+    absent. our reading: `options` go to the model as they are. Returns (B, L, C).
     """
     B, L, _ = tokens.shape
     timesteps = sigma[:, None].expand(B, L)                               # (B, L)

@@ -239,8 +239,8 @@ def rope() -> Image.Image:
     page.text(234, 570, "the query, a video token of the nearest frame")
     page.box(578, 561, 28, 18, edge=INK, width=2)
     page.text(614, 570, "the same cell of the reference")
-    page.text(20, 601, "With tass the same cell is not ahead. The face is found by content: q and k "
-              "are learnt, and eye asks for eye wherever it lies.")
+    page.text(20, 601, "With tass the same cell is not ahead. The face is found by content: q and "
+              "k are learnt, and eye asks for eye wherever it lies.")
     return page.done()
 
 

@@ -807,7 +807,7 @@ def killer(mutant: Mutant) -> str:
         except subprocess.TimeoutExpired:
             return f"(over {LIMIT} s)"
     found = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.M)
-    if done.returncode not in (0, 1, 2) or (done.returncode and not found):
+    if done.returncode not in (0, 1, 2, 4) or (done.returncode and not found):
         told = (done.stdout + done.stderr).strip()[-200:]
         return f"(pytest ended with {done.returncode}: {told!r})"
     return found[1] if found else ""

@@ -2,10 +2,13 @@
 
 import os
 
-import pytest
-import torch
+# Before torch is imported, and for the commands that tests start: two workers, two cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(autouse=True)

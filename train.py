@@ -45,7 +45,7 @@ from torch.utils.checkpoint import checkpoint
 from augment import AugmentStrength, augment_reference
 from clips.dataset import Batch, Order, PerClip, add_data_arguments, check_batch, shard_indices
 from clips.face import FaceNet, faces_of, load_facenet, usable_landmarks
-from common.cli import Parser, check_folder, check_ranges, command
+from common.cli import DefaultsFormatter, Parser, check_folder, check_ranges, command
 from common.seeds import seeded
 from losses import (
     IDENTITY_MAX_SIGMA,
@@ -91,7 +91,7 @@ KEEP = 2         # states; two, so that a damaged one is no loss
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     """Every default in one place, each with its source."""
     p = Parser("train.py", description=__doc__.split("\n")[0],
-               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+               formatter_class=DefaultsFormatter)
     add, switch = p.add_argument, argparse.BooleanOptionalAction
     add("--checkpoint-path", dest="checkpoint", type=Path, default=TINY / "base.safetensors",
         help="the base model")
@@ -225,7 +225,7 @@ def draw(args: argparse.Namespace, batch: Batch, generators: list[Generator]) ->
     L, C = batch.x0.shape[1:]
     u = torch.stack([torch.rand(4, generator=g) for g in generators])             # (B, 4)
     normal = torch.stack([torch.randn((), generator=g) for g in generators])      # (B,)
-    # one draw decides all three, so that they exclude each other: both, reference ... text
+    # One number u decides: the lowest shares drop both, then the reference; the highest the text.
     no_ref = u[:, 0] < args.drop_both + args.drop_ref                             # (B,) bool
     no_text = (u[:, 0] < args.drop_both) | (u[:, 0] > 1 - args.drop_text)
     sigma = training_sigmas(L, normal, u[:, 1], u[:, 2])                          # (B,)

@@ -40,6 +40,13 @@ def warn(text: str) -> None:
     print(f"warning: {text}", flush=True)
 
 
+class DefaultsFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults in --help, but no "None" where the help itself says what happens."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """One line per mistake; argparse alone prints the whole usage first."""
 

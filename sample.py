@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from clips.frames import load_canvas
-from clips.video import check_output, write_outputs
+from clips.video import check_output, repeats, write_outputs
 from common.cli import command, warn
 from guidance import BOTH, NULL, REF, TEXT, Guidance, guidance_steps, guide, stream_weights
 from losses import clean_estimate
@@ -205,7 +205,8 @@ def run(args: argparse.Namespace, canvas: Tensor, floor: float | None) -> None:
               "dtype": args.dtype, "versions": {"python": sys.version.split()[0], **versions},
               "reference_psnr_db": round(fidelity, 2), "seconds": seconds}
     frames = decode(args, latent)  # nothing is decoded yet: tiles are made as they are written
-    write_outputs(args.output_path, frames, args.num_frames, canvas[0], args.frame_rate, record)
+    write_outputs(args.output_path, frames, args.num_frames, canvas[0], args.frame_rate, record,
+                  args.times)
 
 
 @contextmanager
@@ -238,6 +239,7 @@ def resolve(args: argparse.Namespace) -> tuple[Tensor, float | None]:
     options.resolve_numbers(args, defaults)
     args.layout = layout_from(vars(args), vae, args.placement)
     options.check_numbers(args, transformer.config.num_layers)
+    args.times = repeats(args.num_frames, args.frame_rate, args.loop_seconds)
     options.resolve_machine(args)
     check_memory(config, vae, args.layout, args.torch_dtype, args.device)
     canvas = load_canvas(args.ref, args.height, args.width)[None]
@@ -269,7 +271,10 @@ def work(arguments: list[str] | None = None) -> None:
         return print(*(f"  {name} = {value!r}" for name, value in settings(args).items()), sep="\n")
     with FastCPU():
         run(args, canvas, floor)
-    print(f"output  {args.output_path} (.png and .json beside it)\n"
+    told = ".png and .json beside it"
+    if args.times > 1:  # --loop-seconds
+        told = f"{args.num_frames / args.frame_rate:.1f} s written {args.times} times over; {told}"
+    print(f"output  {args.output_path} ({told})\n"
           f"seconds {time.perf_counter() - start:.1f}")
 
 

@@ -366,6 +366,9 @@ def save_result(args: argparse.Namespace, run: Run, model: VideoTransformer) -> 
     """EMA weights -> a LoRA file, or a whole checkpoint that sample.py loads as it is. All
     processes take part."""
     metadata = {"reference_placement": args.placement, "training_steps": str(run.done)}
+    known = read_metadata(args.checkpoint).get("known_phrases")
+    if known and args.manifest is None:  # people's own captions teach other words
+        metadata["known_phrases"] = known
     with run.ema_weights():
         if not args.full:
             path = args.out / "lora.safetensors"

@@ -35,6 +35,7 @@ from typing import Self
 import av
 import numpy as np
 import torch
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from PIL import Image
 from torch import Tensor, nn
 
@@ -51,6 +52,15 @@ def to_frames(video: Tensor, factor: int = 1) -> np.ndarray:
     return ((frames.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
 
 
+def exact_rate(frame_rate: float) -> Fraction:
+    """Frames per second as the fraction that is meant: 23.976 and 29.97 are what television made
+    of 24 and 30, 24000/1001 and 30000/1001; any other keeps a denominator of at most 1001."""
+    television = Fraction(round(frame_rate * 1.001) * 1000, 1001)
+    if abs(frame_rate - television) < 2e-4 * frame_rate:  # 23.98 is meant, too; 24 is 1e-3 away
+        return television
+    return Fraction(frame_rate).limit_denominator(1001)
+
+
 class VideoWriter:
     """H.264 in an mp4 that any browser plays; frames are added as they come.
 
@@ -62,7 +72,9 @@ class VideoWriter:
         self.container = self.stream = None
 
     def __enter__(self) -> Self:
-        self.container = av.open(str(self.path), "w", options={"movflags": "+faststart"})
+        # absolute: FFmpeg takes 12:30.mp4 for an address on the network
+        self.container = av.open(str(self.path.absolute()), "w", format="mp4",
+                                 options={"movflags": "+faststart"})
         return self
 
     def add(self, frames: np.ndarray) -> None:
@@ -79,25 +91,27 @@ class VideoWriter:
                              f"the first, got {height}x{width}; resize them")
         for pixels in frames:
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-            # Players guess the colour matrix when it is not said, and skin turns pink or green.
-            frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709",
-                                   dst_color_range="MPEG")
+            frame = frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709,
+                                   dst_color_range=ColorRange.MPEG, dst_color_trc=ColorTrc.BT709,
+                                   dst_color_primaries=ColorPrimaries.BT709)
             self.container.mux(self.stream.encode(frame))
 
     def _start(self, height: int, width: int) -> None:
         if height % 2 or width % 2:  # yuv420p keeps one colour for 2x2 pixels
             raise ValueError(f"expected an even height and width, got {height}x{width}; crop or "
                              "pad by one")
-        rate = Fraction(self.frame_rate).limit_denominator(1001)
         # No B-frames: with them x264 reads memory it has not set at some widths, 64 and 576 among
         # them, and the same frames give other bytes from call to call.
         options = {"crf": "14", "bf": "0"}
-        self.stream = self.container.add_stream("libx264", rate=rate, options=options)
+        self.stream = self.container.add_stream("libx264", rate=exact_rate(self.frame_rate),
+                                                options=options)
         self.stream.height, self.stream.width, self.stream.pix_fmt = height, width, "yuv420p"
         codec = self.stream.codec_context
         codec.thread_count = 1  # x264 notes it in the file: same seed, same bytes
-        codec.colorspace = av.video.reformatter.Colorspace.ITU709
-        codec.color_range = av.video.reformatter.ColorRange.MPEG
+        # All four, or players guess all four: Chromium then shows red 200, 30, 30 as 186, 12, 32 in
+        # videos of less than 720 rows.
+        codec.colorspace, codec.color_range = Colorspace.ITU709, ColorRange.MPEG
+        codec.color_primaries, codec.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         complete = False
@@ -147,6 +161,11 @@ def enlargement(height: int, width: int) -> int:
     return max(1, min(wanted, LONG_SIDE // max(height, width)))
 
 
+def repeats(num_frames: int, frame_rate: float, seconds: float) -> int:
+    """How often a video is written, whole and forwards, to last so long; 1 if it does anyway."""
+    return max(1, math.ceil(seconds * frame_rate / num_frames))
+
+
 def single_frames(runs: Iterable[Tensor], seconds: dict[str, float]) -> Iterator[Tensor]:
     """Runs (3, f, h, w) of any device and type -> frames (3, 1, h, w), float32 on the CPU.
 
@@ -173,7 +192,7 @@ def single_frames(runs: Iterable[Tensor], seconds: dict[str, float]) -> Iterator
 
 def check_output(path: Path, ref: Path) -> None:
     """Raise ValueError unless write_outputs can write its three files there: before the work."""
-    if path.suffix != ".mp4":
+    if path.suffix.lower() != ".mp4":
         raise ValueError(f"expected an output path ending in .mp4, got {path}; rename "
                          "--output-path")
     if any("\ud800" <= char <= "\udfff" for char in str(path)):
@@ -195,10 +214,11 @@ def check_output(path: Path, ref: Path) -> None:
 
 
 def write_outputs(path: Path, runs: Iterable[Tensor], num_frames: int, canvas: Tensor,
-                  frame_rate: float, record: dict) -> None:
+                  frame_rate: float, record: dict, times: int = 1) -> None:
     """path (.mp4), the picture sheet (.png) and the record (.json), from runs (3, f, h, w).
 
-    Holds one run at a time. Small videos are enlarged. canvas (3, h, w): the reference. The record
+    Holds one run at a time. Small videos are enlarged, and written so many times over: a player is
+    through with a second before anybody has looked. canvas (3, h, w): the reference. The record
     gains the sizes, the file names, and in "seconds" the time the runs took to arrive ("decode")
     and the rest ("write"). Raises ValueError on a pixel that is not finite or another number of
     frames than announced, and passes on what `runs` raises; no file is left then, and older files
@@ -209,7 +229,7 @@ def write_outputs(path: Path, runs: Iterable[Tensor], num_frames: int, canvas: T
     before, factor = seconds.get("decode", 0), enlargement(h, w)
     targets = [path, path.with_suffix(".png"), path.with_suffix(".json")]
     hidden = [temp_path(target) for target in targets]
-    places, picked, count = set(picks(num_frames)), [], 0
+    places, picked, kept, count = set(picks(num_frames)), [], [], 0
     try:
         with VideoWriter(hidden[0], frame_rate) as writer:
             for frame in single_frames(runs, seconds):
@@ -221,13 +241,18 @@ def write_outputs(path: Path, runs: Iterable[Tensor], num_frames: int, canvas: T
                 writer.add(pixels)
                 if count in places:
                     picked.append(pixels[0])
+                if times > 1:
+                    kept.append(pixels)
                 count += 1
+            for pixels in kept * (times - 1):
+                writer.add(pixels)
         if count != num_frames:
             raise ValueError(f"expected {num_frames} frames, got {count}; announce as many as the "
                              "runs hold")
         reference = to_frames(canvas[:, None].float().cpu(), factor)[0]    # (h', w', 3)
         contact_sheet(reference, picked).save(hidden[1])
-        record |= {"model_size": [count, h, w], "output_size": [count, *reference.shape[:2]],
+        record |= {"model_size": [count, h, w],
+                   "output_size": [count * times, *reference.shape[:2]],
                    "enlarged": factor, "files": [target.name for target in targets]}
         decoding = seconds["decode"] - before
         seconds["write"] = round(time.perf_counter() - start - decoding, 2)

@@ -4,7 +4,7 @@ The idea. Somebody who types a wrong number, a folder that cannot be written, or
 line that says what to do, and no half-written file. So argparse complains in one line, checks
 raise ValueError("expected ..., got ...; what to do"), and `command` turns that, a full disk or a
 signal into a line and an exit status: 2 for what a user can mend, 130 after Ctrl-C, 143 after
-SIGTERM. A mistake of ours keeps its traceback.
+SIGTERM. A mistake of ours keeps its traceback. `| head` has read enough when it leaves: no line.
 
 ST-DRC (arXiv 2606.02441) says nothing of this; our reading: all of it.
 
@@ -33,6 +33,7 @@ from safetensors import SafetensorError
 from common.files import one_line
 
 MOST_TOLD = 500  # characters of an error line: fits a screen
+BROKEN_PIPE = 141  # 128 + SIGPIPE, a signal that Windows has not
 
 
 def warn(text: str) -> None:
@@ -78,6 +79,13 @@ def check_folder(folder: Path) -> None:
                          "choose another") from None
 
 
+def check_file(path: Path, ending: str) -> None:
+    """Raise ValueError unless a file of this ending can be written there, in the same way."""
+    if path.suffix.lower() != ending or path.is_dir():
+        raise ValueError(f"expected a file name that ends in {ending}, got {path}; choose another")
+    check_folder(path.parent)
+
+
 @contextmanager
 def signals(react: Callable[[int, object], None]) -> Iterator[None]:
     """Inside, Ctrl-C and SIGTERM call react(number, frame), wherever the program was started from.
@@ -100,10 +108,18 @@ def _stop(number: int, frame: object) -> None:
     raise KeyboardInterrupt(number)
 
 
+def _let_go_of_output() -> None:
+    """Python flushes once more when it ends, and would complain about a pipe that nobody reads."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def command(name: str, work: Callable[[], object], stopped: str = "the same command goes on",
             smaller: str = "take fewer or smaller clips at a time") -> int:
     """Run a script's work; its exit status. What a user can mend is one line and 2; stopped by
-    Ctrl-C 130, SIGTERM 143.
+    Ctrl-C 130, SIGTERM 143, and nobody left who reads what is printed 141, without a word.
 
     stopped: what is said then; smaller: what to do when memory does not suffice.
     During the steps of a run both signals are only noted, see `Run.signals`.
@@ -112,7 +128,10 @@ def command(name: str, work: Callable[[], object], stopped: str = "the same comm
     try:
         with signals(_stop):
             work()
+            print(end="", flush=True)  # a disk that is full is noticed here, not after the end
         return 0
+    except BrokenPipeError:
+        return BROKEN_PIPE
     except KeyboardInterrupt as signalled:
         status = 128 + (signalled.args[0] if signalled.args else signal.SIGINT)
         told = f"stopped; {stopped}"
@@ -123,6 +142,8 @@ def command(name: str, work: Callable[[], object], stopped: str = "the same comm
         elif isinstance(error, RuntimeError):
             raise  # a mistake of ours, which needs its traceback
         told = "error: " + told + ("" if "; " in told else "; check that file and the free space")
+    finally:
+        _let_go_of_output()
     gc.collect()  # frees what the error kept alive: progress bars are closed, their lines ended
     print(f"{name}: {told}", file=sys.stderr)
     sys.unraisablehook = hook

@@ -43,13 +43,18 @@ def atomic_write(path: str | Path, write: Callable[[Path], object]) -> None:
     """Call `write(temporary path)`, then rename onto `path`: a reader sees the old file or the
     new, never half of one.
 
-    Makes the folder. Raises OSError, one line, also for a full disk that safetensors met.
+    Makes the folder. The file may be read and written by whom the umask allows. Raises OSError, one
+    line, also for a full disk that safetensors met.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temp_path(path)
     try:
+        temporary.touch()
+        usual = temporary.stat().st_mode  # as the umask says; safetensors lets only the owner read
+        temporary.unlink()
         write(temporary)
+        temporary.chmod(usual)
         os.replace(temporary, path)
     except SafetensorError as error:  # the library has a type of its own for it
         raise OSError(f"cannot write {path}: {error}; make room, or choose another folder"

@@ -21,9 +21,10 @@ from pathlib import Path
 
 import torch
 
+from common.files import one_line, parse_json
 from guidance import Guidance
 from ltx import plan
-from ltx.checkpoint import check_weights, read_metadata, shapes_from
+from ltx.checkpoint import check_weights, open_file, read_metadata, refusal, shapes_from
 from ltx.lora import lora_changes, read_lora
 from ltx.offload import cast_linears, load_streamed
 from ltx.text import check_text
@@ -132,6 +133,26 @@ def trained_placement(path: str | os.PathLike, loras: Sequence[tuple[str, float]
         raise ValueError(f"expected LoRAs trained with one placement, got {told}; "
                          "leave one out")
     return next(iter(said.values()), None), notes
+
+
+def known_phrases(path: str | os.PathLike, loras: Sequence[tuple[str, float]]) -> list[str] | None:
+    """What the captions of all trainings of these weights were made of, as the headers say; None
+    when one of them says nothing. Raises ValueError for what is no list of texts."""
+    phrases = []
+    for file_path in (path, *(lora_path for lora_path, _ in loras)):
+        with open_file(file_path) as file:
+            told = file.metadata().get("known_phrases")
+        if told is None:
+            return None
+        try:
+            found = parse_json(told)
+        except ValueError:
+            found = None
+        if not isinstance(found, list) or not all(isinstance(phrase, str) for phrase in found):
+            raise refusal(f"a list of texts as 'known_phrases' in the header of {file_path}",
+                          one_line(told, 40), "the file is damaged")
+        phrases += found
+    return phrases
 
 
 def check_memory(config: dict, vae: VideoVAE, layout: Layout, dtype: torch.dtype, device: str

@@ -15,14 +15,17 @@ Read next: clips/frames.py
 """
 
 import argparse
+import string
+from difflib import get_close_matches
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from common.cli import Parser, check_ranges, warn
+from common.files import one_line
 from guidance import ORDERS
-from ltx.load import INFERENCE, guidance_from, trained_placement
+from ltx.load import INFERENCE, guidance_from, known_phrases, trained_placement
 from ltx.offload import OFFLOADS
 from model import DISTILLED_SIGMAS
 from rope import PLACEMENTS
@@ -40,8 +43,7 @@ examples:
 RANGES = {"height": (1, 10**6), "width": (1, 10**6), "num_frames": (1, 10**8),
           "frame_rate": (1, 240), "num_inference_steps": (1, 10_000), "text_scale": (0, 1000),
           "ref_scale": (0, 1000), "rescale": (0, 1), "stg_scale": (0, 1000),
-          "guide_range": (0, 1), "seed": (0, 2**63 - 1)}
-
+          "guide_range": (0, 1), "seed": (0, 2**63 - 1), "loop_seconds": (0, 600)}
 
 
 def build_parser() -> Parser:
@@ -67,6 +69,9 @@ def build_parser() -> Parser:
     add("--width", type=int, help=f"pixels {known['width']}")
     add("--num-frames", type=int, help=known["num_frames"])
     add("--frame-rate", type=float, help=f"frames per second, 1 to 240 {known['frame_rate']}")
+    add("--loop-seconds", type=float, default=3.0,
+        help="a shorter video is written again and again, whole and forwards, until the file lasts "
+             "so long; 0 = once (default: %(default)s)")
     add("--num-inference-steps", type=int, help=known["steps"])
     add("--text-scale", type=float, help=f"1 = prompt not amplified {known['text_scale']}")
     add("--ref-scale", type=float,
@@ -163,6 +168,8 @@ def warn_of_surprises(args: argparse.Namespace, config: dict, defaults: dict, li
         warn("the prompt is empty or nothing that can be read: the model shows what it likes")
     if any("\ud800" <= char <= "\udfff" for char in args.prompt + args.negative_prompt):
         warn("a prompt holds bytes that are no text, each is read as '?'")
+    warn_of_words(f"{args.prompt} {args.negative_prompt}",
+                  known_phrases(args.checkpoint_path, args.lora))
     sizes = ("height", "width", "num_frames")  # LTX-2.3 knows many sizes, its config names none
     if "inference" in config and any(getattr(args, name) != defaults[name] for name in sizes):
         warn(f"this checkpoint was trained at {defaults['width']}x{defaults['height']}, "
@@ -171,3 +178,16 @@ def warn_of_surprises(args: argparse.Namespace, config: dict, defaults: dict, li
     if (side := max(args.height, args.width)) * 2 > limit:
         warn(f"a side of {side} px puts reference positions beyond the trained {limit} px; stay "
              f"within {limit // 2} px")
+
+
+def warn_of_words(prompt: str, phrases: list[str] | None) -> None:
+    """One line for the words that no caption held: a small model takes them for others."""
+    if not phrases:  # LTX-2.3 has read whatever there is
+        return
+    known = {word: phrase for phrase in reversed(phrases) for word in phrase.split()}
+    words = [word.strip(string.punctuation) for word in one_line(prompt, len(prompt)).split()]
+    unknown = [word for word in dict.fromkeys(words) if word and word not in known][:10]
+    near = [known[get_close_matches(word.lower(), known, 1, cutoff=0)[0]] for word in unknown]
+    if unknown:
+        told = one_line(", ".join(unknown)), one_line(", ".join(dict.fromkeys(near)))
+        warn(f"these weights never read: {told[0]}; the nearest phrases that they know: {told[1]}")

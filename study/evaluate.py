@@ -45,7 +45,7 @@ from clips.face import FaceNet, align, faces_of, load_facenet, usable_landmarks
 from clips.frames import Bucket, Crop, decode, probe
 from clips.manifest import Faces, faces_for_clip, load_faces
 from clips.video import picks, save_sheet
-from common.cli import Parser, check_folder, check_ranges, command
+from common.cli import Parser, check_file, check_folder, check_ranges, command
 from common.files import read_json, write_json
 from common.seeds import seeded
 from guidance import ORDERS
@@ -300,8 +300,8 @@ def score_world(args: argparse.Namespace) -> None:
     """Make or take up the clips of every row, score them, print tables, write JSON and sheet."""
     started, output = time.time(), args.output_path or Path("evaluate.json")
     check_numbers(args)
-    for folder in (args.folder, output.parent):
-        check_folder(folder)
+    check_folder(args.folder)
+    check_file(output, ".json")
     nets = load_facenet(args.eval_encoder), load_head(args.head)
     m = Models(args.checkpoint_path, args.gemma_root)
     d = m.numbers
@@ -385,6 +385,8 @@ def score_folder(args: argparse.Namespace) -> None:
     if args.ref is None or args.face is None:
         raise ValueError("expected --ref and --face beside --videos, got not both; "
                          "give a picture and ArcFace weights")
+    output = args.output_path or Path("evaluate_videos.json")
+    check_file(output, ".json")
     # A name with a dot in front is a file that sample.py is still writing.
     videos = sorted(p for p in args.videos.iterdir() if p.suffix.lower() in VIDEOS
                     and p.name[0] != ".")
@@ -406,7 +408,6 @@ def score_folder(args: argparse.Namespace) -> None:
     each = {name: torch.tensor([row["scores"][name][0] for row in rows.values()])
             for name in OWN_SCORES}
     rows["mean"] = {"scores": {name: scores.summarise(values) for name, values in each.items()}}
-    output = args.output_path or Path("evaluate_videos.json")
     told = NOT_OFFLINE.format(reference.shape[1])
     write_json(output, {"rows": rows, "not_computed": told, "arguments": arguments_of(args)})
     print(f"{tables(rows, OWN_SCORES)}\nwrote {output}\n{told}")

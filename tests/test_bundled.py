@@ -17,6 +17,7 @@ from ltx.checkpoint import open_file, read_metadata
 from ltx.text import CONNECTOR_PREFIX, EXTRACTOR_PREFIX, check_text
 from ltx.vae import VideoVAE
 from model import TRANSFORMER_PREFIX, TransformerConfig, VideoTransformer
+from toy import world
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = ROOT / "weights" / "tiny"
@@ -36,6 +37,9 @@ def test_the_files_are_small_and_an_ltx_checkpoint_that_says_where_the_reference
     assert max(path.stat().st_size for path in files) < 16 * 2**20
     metadata = read_metadata(WEIGHTS / "model.safetensors")
     assert metadata["reference_placement"] == "tass" and metadata["model_version"] == "2.3.0"
+    base = read_metadata(WEIGHTS / "base.safetensors")
+    for told in (metadata, base):
+        assert json.loads(told["known_phrases"]) == world.phrases()
     with torch.device("meta"):
         config = TransformerConfig.from_checkpoint(metadata["config"]["transformer"])
         parts = {TRANSFORMER_PREFIX: VideoTransformer(config),
@@ -53,7 +57,7 @@ def test_face_prompt_and_reference_scale_each_change_a_video_that_plays(tmp_path
         stream = container.streams.video[0]
         frames = sum(1 for _ in container.decode(stream))
         found = stream.codec_context.name, stream.width, stream.height, frames
-    assert found == ("h264", 384, 384, 9)
+    assert found == ("h264", 384, 384, 3 * 9)  # 1.1 s, three times over
     record = json.loads((tmp_path / "out.json").read_text())
     assert record["arguments"]["placement"] == "tass"
     for what, other in {
@@ -63,6 +67,17 @@ def test_face_prompt_and_reference_scale_each_change_a_video_that_plays(tmp_path
     }.items():
         change = np.abs(other - plain)[:, 388:].mean()  # right of the reference
         assert change > 3, (what, change)
+
+
+def test_words_that_it_never_read_are_named_and_captions_with_parts_left_out_are_not(tmp_path,
+                                                                                     capsys):
+    for prompt, told in (("an astronaut rides a horse", "astronaut, rides, horse; "),
+                         (f"{PROMPT}, with a beard", "with, beard; "), ("someone nods", None),
+                         ("a person wearing a black shirt, in pink light", None)):
+        assert sample.main(["--ref", str(ROOT / "examples" / "ada.png"), "--prompt", prompt,
+                            "--output-path", str(tmp_path / "out.mp4"), "--dry-run"]) == 0
+        lines = [line for line in capsys.readouterr().out.splitlines() if "never read" in line]
+        assert len(lines) == bool(told) and all(f"never read: {told}" in line for line in lines)
 
 
 def test_a_photograph_gives_a_video_and_one_line_about_what_this_checkpoint_knows(tmp_path, capsys):

@@ -4,13 +4,17 @@ Hardware: CPU, a second. Run: python -m pytest tests/test_cli.py
 """
 
 import signal
+import subprocess
 import sys
 import threading
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 
-from common.cli import Parser, check_folder, check_ranges, command, signals
+from common.cli import Parser, check_file, check_folder, check_ranges, command, signals
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def raising(error: BaseException):
@@ -50,6 +54,39 @@ def test_a_folder_that_cannot_be_written_is_found_before_any_work_and_none_is_ma
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(ValueError, match=r"expected a folder to write in, .*\(.*\); choose"):
             check_folder(folder)
+
+
+def test_a_file_that_cannot_be_written_is_found_before_any_work(tmp_path):
+    check_file(tmp_path / "new" / "a.JSON", ".json")
+    (tmp_path / "folder.json").mkdir()
+    for name in ("a.png", ".json", "", "folder.json"):
+        with pytest.raises(ValueError, match="expected a file name that ends in .json, got .*; ch"):
+            check_file(tmp_path / name, ".json")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="expected a folder to write in"):
+        check_file(tmp_path / "file" / "a.json", ".json")
+
+
+@pytest.mark.parametrize("work, status", [("print('x' * 10**6)", 141), ("print('x')", 141),
+                                          ("Parser('x.py').parse_args(['--help'])", 0)])
+def test_a_reader_who_has_seen_enough_ends_a_command_without_a_word(work, status):
+    """As `| head -1` does: what is printed last is flushed by Python when it ends."""
+    code = ("import sys; from common.cli import Parser, command\n"
+            f"sys.stdin.read(); sys.exit(command('x.py', lambda: {work}))")
+    running = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, cwd=ROOT,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    running.stdout.close()
+    _, told = running.stdin.close(), running.stderr.read()
+    assert (running.wait(), told) == (status, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device here that is always full")
+def test_a_full_disk_under_what_is_printed_is_one_line():
+    code = "import sys; from common.cli import command; sys.exit(command('x.py', lambda: print(1)))"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=full, text=True,
+                              stderr=subprocess.PIPE)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "No space left" in done.stderr
 
 
 @pytest.mark.parametrize("error, line", [

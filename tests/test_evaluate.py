@@ -168,6 +168,7 @@ def test_bad_evaluations_and_records_are_one_line(tmp_path, capsys):
     (tmp_path / "broken.json").write_text("{")
     for words, told in ((["--people", 1], "expected --people between 2 and"),
                         (["--checkpoint-path", tmp_path / "no.safetensors"], "no.safetensors"),
+                        (["--output-path", tmp_path / "e.png"], "a file name that ends in .json"),
                         (["--head", TINY / "eval_encoder.safetensors"], "head"),
                         (["--tables", tmp_path / "other.json"], "got one without 'arguments'"),
                         (["--tables", tmp_path / "broken.json"], "expected a JSON object")):
@@ -271,6 +272,7 @@ def test_bad_own_videos_are_one_line_and_nothing_is_written(own, capsys):
                  "output-path": folder / "out.json"} | changed
         refused(capsys, [w for k, v in flags.items() if v for w in (f"--{k}", v)], told)
     refuse("--ref and --face", face=None)
+    refuse("a file name that ends in .json", **{"output-path": folder / "out.csv"})
     refuse("nowhere", videos=folder / "nowhere")
     refuse("got 0 videos", videos=folder / "empty")
     refuse("ada-face.png", face=ref)

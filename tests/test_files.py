@@ -8,8 +8,10 @@ import math
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
 from common import files
 
@@ -27,6 +29,20 @@ def test_a_file_is_written_under_a_hidden_name_in_its_folder_and_renamed(tmp_pat
     names = {files.temp_path(target) for _ in range(9)}
     assert len(names) == 9, "two programs that write to one folder do not meet"
     assert len(files.temp_path(tmp_path / ("x" * 250 + ".png")).name) < 255, "as disks allow"
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_whoever_the_umask_lets_read_may_read_what_safetensors_wrote(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        files.atomic_write(tmp_path / "a", lambda path: save_file({"x": np.zeros(1)}, path))
+        files.atomic_write(tmp_path / "b", lambda path: path.write_text("text"))
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o666 & ~umask}
+    with pytest.raises(FileNotFoundError):
+        files.atomic_write(tmp_path / "b", lambda path: None)
+    assert (tmp_path / "b").read_text() == "text"
 
 
 @pytest.mark.parametrize("error", [ValueError("half"), KeyboardInterrupt()])

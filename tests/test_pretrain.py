@@ -3,6 +3,7 @@
 Hardware: CPU, about 20 seconds. Run: python -m pytest tests/test_pretrain.py
 """
 
+import json
 import shutil
 from argparse import Namespace
 from pathlib import Path
@@ -74,6 +75,9 @@ def test_train_and_export_change_the_transformer_alone(made):
     assert head["reference_placement"] == "tass" and head["training_steps"] == "2"
     assert head["config"]["inference"]["reference_psnr_floor"] == 20.0
     assert "reference_placement" not in read_metadata(made / "runs" / "base.safetensors")
+    for path in ("runs/base", "runs/st-drc/model", "weights/tiny/base", "weights/tiny/model"):
+        told = read_metadata(made / f"{path}.safetensors")["known_phrases"]
+        assert json.loads(told) == world.phrases(), path
     for name in ("face", "eval_encoder"):  # what the stages write can be read
         net = load_facenet(made / f"weights/tiny/{name}.safetensors", "cpu")
         assert net(torch.zeros(1, 3, 64, 64)).shape == (1, 128)

@@ -59,7 +59,8 @@ def make_bench(folder: Path) -> Path:
     """tiny/ (checkpoint and text encoder), face.safetensors, clips/ with its manifest, and two
     manifests of the good rows alone: no-faces.jsonl, and some-faces.jsonl, where every second row
     has a faces file."""
-    write_tiny(folder / "tiny")
+    told = {"reference_placement": "tass", "known_phrases": '["a person"]'}
+    write_tiny(folder / "tiny", metadata=told)
     torch.manual_seed(1)
     net = FaceNet((1, 1, 1, 1), (4, 4, 8, 8, 8), embedding=16, size=32)
     write_file(
@@ -234,6 +235,7 @@ def test_three_steps_leave_lora_log_sheet_and_curves_and_a_second_command_goes_o
     assert [line["step"] for line in log_of(out)] == [2, 2, 3, 3, 4, 4, 5, 5]
     with open_file(out / "lora.safetensors") as file:
         assert file.metadata()["training_steps"] == "5"
+        assert "known_phrases" not in file.metadata(), "own captions teach other words"
 
 
 def distinct_captions(bench: Path) -> int:

@@ -41,6 +41,7 @@ def arguments(tiny: Path, out: Path, *more: str, **changes: str) -> list[str]:
         "gemma-root": tiny / "gemma",
         "output-path": out,
         "device": "cpu",
+        "loop-seconds": "0",
         **changes,
     }
     return [part for key, value in chosen.items() for part in (f"--{key}", str(value))] + list(more)
@@ -58,7 +59,8 @@ def generate(tiny: Path, out: Path, *more: str, **changes: str) -> np.ndarray:
 
 def test_the_command_writes_a_playable_video_a_picture_and_a_record(tiny, tmp_path):
     out = tmp_path / "out.mp4"
-    command = [sys.executable, str(Path(sample.__file__)), *arguments(tiny, out)]
+    command = [sys.executable, str(Path(sample.__file__)),
+               *arguments(tiny, out, **{"loop-seconds": "3"})]
     done = subprocess.run(
         command,
         capture_output=True,
@@ -70,15 +72,16 @@ def test_the_command_writes_a_playable_video_a_picture_and_a_record(tiny, tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "out.mp4", "out.png"], (
         "leftovers"
     )
-    for word in ("seed    0", "device  cpu", "dtype   float32", "out.mp4", "seconds"):
+    for word in ("seed    0", "device  cpu", "dtype   float32", "seconds",
+                 "out.mp4 (0.6 s written 5 times over; .png and .json beside it)"):
         assert word in done.stdout
     assert "text+face, text, null" in done.stderr, "the progress bar names the streams"
 
     with av.open(str(out)) as container:
         stream = container.streams.video[0]
         assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
-        assert (stream.width, stream.height, stream.frames) == (384, 384, 5), (
-            "32 pixels enlarged 12 times"
+        assert (stream.width, stream.height, stream.frames) == (384, 384, 5 * 5), (
+            "32 pixels enlarged 12 times, 5/8 of a second 5 times over"
         )
         assert float(stream.average_rate) == INFERENCE["frame_rate"]
     assert out.read_bytes().index(b"moov") < out.read_bytes().index(b"mdat"), (
@@ -93,7 +96,7 @@ def test_the_command_writes_a_playable_video_a_picture_and_a_record(tiny, tmp_pa
     assert record["arguments"]["streams"] == {"text+face": 2.0, "text": 1.0, "null": -2.0}
     assert (record["seed"], record["device"], record["dtype"]) == (0, "cpu", "float32")
     assert set(record["seconds"]) == {"text", "reference", "denoise", "decode", "write"}
-    assert record["output_size"] == [5, 384, 384] and "torch" in record["versions"]
+    assert record["output_size"] == [25, 384, 384] and "torch" in record["versions"]
     assert 0 < record["reference_psnr_db"] < 60
 
 
@@ -272,6 +275,37 @@ def test_warnings_are_one_line_each_and_do_not_stop_the_run(tiny, tmp_path, caps
     )
     assert "this checkpoint was trained at 32x32, 5 frames" in text
     assert "--checkpoint-path ltx-2.3-22b-dev.safetensors" in text and "procedural world" in text
+
+
+def test_words_that_no_caption_held_are_named_once_with_the_nearest_phrases(tiny, tmp_path, capsys):
+    """A checkpoint or a LoRA without a list has read everything."""
+    def warned(folder, *more, prompt, **changes):
+        arguments_ = arguments(folder, tmp_path / "o.mp4", "--dry-run", *more, prompt=prompt)
+        for key, value in changes.items():
+            arguments_ += [f"--{key.replace('_', '-')}", value]
+        assert sample.main(arguments_) == 0
+        return [line for line in capsys.readouterr().out.splitlines() if "never read" in line]
+
+    listed = {"reference_placement": "tass",
+              "known_phrases": json.dumps(["a person", "laughs", "at the beach", "in a red shirt"])}
+    known = write_tiny(tmp_path / "known", metadata=listed)
+    odd = "a Person, with a beard: laughs \x1b[2J at beach!"
+    assert warned(tiny, prompt=odd) == []
+    assert warned(known, prompt="laughs in a shirt, at the beach.") == []
+    assert warned(known, prompt=odd, negative_prompt="red beard, reds") == [
+        "warning: these weights never read: Person, with, beard, 2J, reds; the nearest phrases "
+        "that they know: a person, at the beach, in a red shirt"]
+    model = VideoTransformer(SIZES)
+    add_lora(model, rank=2, alpha=2)
+    for name, metadata in (("own", {}), ("world", {"known_phrases": '["with a beard"]'})):
+        save_lora(tmp_path / f"{name}.safetensors", model, metadata)
+    assert warned(known, "--lora", str(tmp_path / "own.safetensors"), prompt=odd) == []
+    (line,) = warned(known, "--lora", str(tmp_path / "world.safetensors"), prompt=odd)
+    assert "never read: Person, 2J; the" in line
+    for broken in ("{", "[1]", '{"a": 1}'):
+        wrong = write_tiny(tmp_path / "wrong", metadata={"known_phrases": broken})
+        assert sample.main(arguments(wrong, tmp_path / "o.mp4", "--dry-run")) == 2
+        assert "expected a list of texts as 'known_phrases'" in capsys.readouterr().err
 
 
 def test_a_dry_run_prints_the_settings_and_writes_nothing(tiny, tmp_path, capsys):

@@ -3,9 +3,14 @@
 Hardware: CPU, some seconds. Run: python -m pytest tests/test_video.py
 """
 
+import base64
 import json
+import re
+import shutil
+import subprocess
 import weakref
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
@@ -29,15 +34,14 @@ def clip(num_frames: int) -> torch.Tensor:
     return torch.stack([back - 0.5 + disc, back - 0.2 + 0.5 * disc, back + 0.4 - disc]) * 1.3
 
 
-def all_at_once(path, frames: np.ndarray, frame_rate: float) -> None:
+def all_at_once(path, frames: np.ndarray, rate: Fraction) -> None:
     """The plainest way, written out once more: all frames in one array, one loop."""
     with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
-        rate = Fraction(frame_rate).limit_denominator(1001)
         stream = container.add_stream("libx264", rate=rate, options={"crf": "14", "bf": "0"})
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
         stream.codec_context.thread_count = 1
-        stream.codec_context.colorspace = av.video.reformatter.Colorspace.ITU709
-        stream.codec_context.color_range = av.video.reformatter.ColorRange.MPEG
+        for name in ("colorspace", "color_range", "color_primaries", "color_trc"):
+            setattr(stream.codec_context, name, 1)  # BT.709, and for the range "limited"
         for pixels in frames:
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             container.mux(stream.encode(frame.reformat(
@@ -60,12 +64,13 @@ def outputs(path, runs, num_frames: int, canvas=None) -> dict:
 # ------------------------------------------------------------ the same video, however it arrives
 
 
-@pytest.mark.parametrize(("frame_rate", "factor"), [(29.97, 1), (8.0, 4)])
+@pytest.mark.parametrize(("frame_rate", "rate", "factor"),
+                         [(29.97, Fraction(30000, 1001), 1), (8.0, Fraction(8), 4)])
 def test_frames_added_in_runs_give_the_bytes_of_the_video_written_at_once(tmp_path, frame_rate,
-                                                                          factor):
+                                                                          rate, factor):
     """The larger one is large enough for x264 to use several threads if it may."""
     frames = to_frames(clip(23), factor)
-    all_at_once(tmp_path / "once.mp4", frames, frame_rate)
+    all_at_once(tmp_path / "once.mp4", frames, rate)
     with VideoWriter(tmp_path / "runs.mp4", frame_rate) as writer:
         for part in np.split(frames, np.cumsum([5, 1, 0, 16])):
             writer.add(part)
@@ -100,6 +105,31 @@ def test_a_sheet_has_its_rows_below_each_other_enlarged(tmp_path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["sheet.png"]
 
 
+@pytest.mark.parametrize("name", ["12:30.mp4", "-.mp4", "http:x.MP4", "%d.mp4", "pipe:1.mp4"])
+def test_a_name_is_a_name_even_where_ffmpeg_reads_an_address_out_of_it(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    video.check_output(Path(name), tmp_path / "face.jpg")
+    outputs(Path(name), [clip(3)], 3)
+    data = (tmp_path / name).read_bytes()
+    assert data[4:8] == b"ftyp" and data.index(b"moov") < data.index(b"mdat"), "starts at once"
+    assert {path.name for path in tmp_path.iterdir()} == {
+        name, f"{name[:-4]}.png", f"{name[:-4]}.json"}
+
+
+def test_a_short_video_is_written_again_and_again_whole_and_forwards(tmp_path):
+    for frames, rate, seconds, times in ((9, 8, 3, 3), (121, 24, 3, 1), (72, 24, 3, 1),
+                                         (71, 24, 3, 2), (90, 29.97, 3, 1), (1, 24, 3, 72),
+                                         (9, 8, 0, 1)):
+        assert video.repeats(frames, rate, seconds) == times, (frames, rate, seconds)
+    record = {}
+    write_outputs(tmp_path / "out.mp4", clip(8).split(3, dim=1), 8, torch.zeros(3, *SIZE), 24.0,
+                  record, 3)
+    found, meant = read(tmp_path / "out.mp4").astype(int), to_frames(clip(8), 6).astype(int)
+    nearest = [int(np.abs(meant - frame).mean((1, 2, 3)).argmin()) for frame in found]
+    assert nearest == list(range(8)) * 3
+    assert record["model_size"][0] == 8 and record["output_size"][0] == 24
+
+
 def test_picks_are_evenly_spaced_from_the_first_frame_to_the_last():
     assert [picks(n) for n in (1, 2, 9)] == [[0], [0, 1], [0, 2, 4, 6, 8]]
     assert picks(121) == [0, 30, 60, 90, 120]
@@ -120,6 +150,84 @@ def test_colours_survive_the_video_file(tmp_path):
     meant = ((rows.clamp(-1, 1) + 1) * 127.5).numpy()[:, None, None]
     found = np.abs(read(tmp_path / "colours.mp4") - meant).max()
     assert found <= 4, f"{found} of 255"  # 8-bit YUV rounds; another colour matrix is 15 off
+
+
+def ffprobe(path, fields: str) -> list[str] | None:
+    """What FFmpeg's own program says of the video; None where it is not installed."""
+    if shutil.which("ffprobe") is None:
+        return None
+    command = ["ffprobe", "-v", "error", "-show_entries", f"stream={fields}", "-of", "csv=p=0"]
+    done = subprocess.run([*command, str(path)], capture_output=True, text=True, check=True)
+    return done.stdout.strip().split(",")
+
+
+def test_primaries_transfer_matrix_and_range_are_all_said(tmp_path):
+    outputs(tmp_path / "out.mp4", [clip(2)], 2)
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        frame = next(container.decode(video=0))
+        for told in (frame, container.streams.video[0].codec_context):
+            assert (told.color_primaries, told.color_trc, told.colorspace, told.color_range) == (
+                1, 1, 1, 1), "BT.709, and for the range \"limited\""
+    assert b"nclx\0\1\0\1\0\1\0" in (tmp_path / "out.mp4").read_bytes(), "in the mp4 itself, too"
+    found = ffprobe(tmp_path / "out.mp4", "color_primaries,color_transfer,color_space,color_range")
+    assert found in (None, ["tv", "bt709", "bt709", "bt709"])
+
+
+@pytest.mark.parametrize(("frame_rate", "rate"), [
+    (23.976, "24000/1001"), (23.98, "24000/1001"), (29.97, "30000/1001"), (59.94, "60000/1001"),
+    (30000 / 1001, "30000/1001"), (24.0, "24"), (1.0, "1"), (240.0, "240"), (12.5, "25/2"),
+    (23.9, "239/10"), (10.123456789, "820/81"),
+])
+def test_a_frame_rate_is_the_fraction_that_is_meant(tmp_path, frame_rate, rate):
+    assert video.exact_rate(frame_rate) == Fraction(rate)
+    with VideoWriter(tmp_path / "v.mp4", frame_rate) as writer:
+        writer.add(np.zeros((3, 16, 16, 3), np.uint8))
+    with av.open(str(tmp_path / "v.mp4")) as container:
+        assert container.streams.video[0].average_rate == Fraction(rate)
+    said = ffprobe(tmp_path / "v.mp4", "r_frame_rate")
+    assert said is None or Fraction(said[0]) == Fraction(rate)
+
+
+BARS = {"skin": (224, 172, 140), "red": (200, 30, 30), "green": (30, 160, 40)}
+PAGE = """<pre id=o></pre><script>
+async function show(name, url) {
+  const v = document.createElement("video"), c = document.createElement("canvas").getContext("2d");
+  [v.preload, v.src] = ["auto", url];
+  await new Promise((done, fail) => {v.onloadeddata = done; v.onerror = fail});
+  [c.canvas.width, c.canvas.height] = [v.videoWidth, v.videoHeight];
+  c.drawImage(v, 0, 0);
+  for (let i = 0; i < BARS; i++) o.textContent += `${name} ${c.getImageData(
+    (i + 0.5) * v.videoWidth / BARS, v.videoHeight / 2, 1, 1).data}\n`;
+}
+(async () => {for (const video of VIDEOS) await show(...video)})();
+</script>"""
+
+
+def test_a_browser_shows_the_colours_that_were_written(tmp_path):
+    """Where the description is not whole, Chromium takes less than 720 rows for BT.601, in which
+    red becomes 186, 12, 32."""
+    names = ("chromium", "chromium-headless-shell", "chromium-browser", "google-chrome", "chrome")
+    browser = next(filter(None, map(shutil.which, names)), None)
+    if browser is None:
+        pytest.skip(f"no Chromium to ask: none of {', '.join(names)} is on the path")
+    videos = []
+    for height, width in ((64, 64), (384, 384), (512, 768), (720, 1280)):
+        bars = np.array(list(BARS.values()), np.uint8)[np.arange(width) * len(BARS) // width]
+        with VideoWriter(tmp_path / "bars.mp4", 24.0) as writer:
+            writer.add(np.broadcast_to(bars, (2, height, width, 3)))
+        data = base64.b64encode((tmp_path / "bars.mp4").read_bytes()).decode()
+        videos.append((f"{width}x{height}", f"data:video/mp4;base64,{data}"))
+    page = PAGE.replace("BARS", str(len(BARS))).replace("VIDEOS", json.dumps(videos))
+    (tmp_path / "page.html").write_text(page)
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu",
+               "--virtual-time-budget=20000", f"--user-data-dir={tmp_path / 'profile'}"]
+    done = subprocess.run([*command, "--dump-dom", (tmp_path / "page.html").as_uri()],
+                          capture_output=True, text=True, timeout=60)
+    shown = done.stdout.split("</pre>")[0]
+    rows = re.findall(r"(\d+x\d+) (\d+),(\d+),(\d+),255", shown)
+    assert len(rows) == len(videos) * len(BARS), shown
+    for (size, *found), meant in zip(rows, list(BARS.values()) * len(videos), strict=True):
+        assert np.abs(np.array(found, int) - meant).max() <= 3, (size, found, meant)
 
 
 # ------------------------------------------------------------ memory and time

@@ -43,6 +43,7 @@ def test_captions_name_setting_and_action_but_never_the_person():
     assert len(captions) == len(set(captions)) == 6 * 5 * 6 * 8 * 4
     words = {word.strip(",") for text in captions for word in text.split()}
     assert not words & {"hair", "glasses", "beard", "bald", "skin", "eyes", "he", "she", "man"}
+    assert {word for phrase in world.phrases() for word in phrase.split()} == words
     told = world.caption(torch.tensor([4, 3, 1]), 2)
     assert told == "a person in a blue shirt nods in the snow, in dim light"
 

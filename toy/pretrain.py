@@ -25,6 +25,7 @@ Read next: toy/recognisers.py
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import shutil
@@ -84,6 +85,7 @@ from toy.world import box_mask
 from training.optim import EMA, KEEP_FROM_MUON, MuonAdamW, schedule, split_parameters
 from training.run import Run, descend
 
+KNOWN = {"known_phrases": json.dumps(world.phrases())}  # in the header of what read the captions
 GEMMA_FILES = ("config.json", "tokenizer.json", "model.safetensors")
 BLOCK = 32  # clips rendered or encoded at a time
 
@@ -442,7 +444,7 @@ def write_base(args: argparse.Namespace, weights: dict[str, Tensor], text: TextE
                              ("transformer.", TRANSFORMER_PREFIX)):
             if name.startswith(ours):
                 tensors[theirs + name.removeprefix(ours)] = value.bfloat16()
-    save_checkpoint(RUNS / "base.safetensors", tensors, config, {})
+    save_checkpoint(RUNS / "base.safetensors", tensors, config, KNOWN)
     if args.keep_text:
         copy_files({RUNS / "gemma" / name: WEIGHTS / "gemma" / name for name in GEMMA_FILES})
     else:
@@ -491,7 +493,7 @@ def export_stage(args: argparse.Namespace, device: str) -> None:
     floor = reference_floor(VideoVAE.load(trained, dtype=torch.float32))
     config = {"transformer": TINY_TRANSFORMER, "vae": TINY_VAE,
               "inference": TINY_INFERENCE | {"reference_psnr_floor": floor}}
-    save_checkpoint(WEIGHTS / "model.safetensors", tensors, config, kept)
+    save_checkpoint(WEIGHTS / "model.safetensors", tensors, config, kept | KNOWN)
     for path in sorted(WEIGHTS.rglob("*.*")):
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
     for name, row in EXAMPLES.items():

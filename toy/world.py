@@ -111,6 +111,12 @@ def all_captions() -> list[str]:
             for action in range(len(ACTIONS)) for template in range(len(TEMPLATES))]
 
 
+def phrases() -> list[str]:
+    """What captions are made of. Checkpoints carry it, so that sample.py can name other words."""
+    shirts = [f"{worn} a {shirt} shirt" for worn in ("in", "wearing") for shirt in SHIRTS]
+    return ["a person", "someone", *shirts, *ACTIONS, *SCENES, *LIGHTS]
+
+
 def still_poses(count: int, generator: torch.Generator) -> Tensor:
     """Random resting poses, (count, 6): x, y, scale, yaw, pitch, mouth opening."""
     u = torch.rand(count, 6, generator=generator, device=generator.device) * 2 - 1

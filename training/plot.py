@@ -29,7 +29,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from common.cli import Parser, command
+from common.cli import Parser, check_file, command
 from common.files import atomic_write
 
 # Okabe and Ito's colours, told apart by the colour-blind; their yellow is too pale on white
@@ -249,8 +249,7 @@ def curves(logs: dict[str, list[dict]], path: str | Path) -> None:
 
 
 def plot(args: argparse.Namespace) -> None:
-    if args.out.suffix.lower() != ".png":
-        raise ValueError(f"expected a name that ends in .png, got {args.out}; give another --out")
+    check_file(args.out, ".png")
     names = [path.resolve().parent.name for path in args.logs]
     if len(set(names)) < len(names):  # two folders of one name
         names = [str(path) for path in args.logs]

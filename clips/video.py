@@ -217,12 +217,12 @@ def write_outputs(path: Path, runs: Iterable[Tensor], num_frames: int, canvas: T
                   frame_rate: float, record: dict, times: int = 1) -> None:
     """path (.mp4), the picture sheet (.png) and the record (.json), from runs (3, f, h, w).
 
-    Holds one run at a time. Small videos are enlarged, and written so many times over: a player is
-    through with a second before anybody has looked. canvas (3, h, w): the reference. The record
-    gains the sizes, the file names, and in "seconds" the time the runs took to arrive ("decode")
-    and the rest ("write"). Raises ValueError on a pixel that is not finite or another number of
-    frames than announced, and passes on what `runs` raises; no file is left then, and older files
-    of these names stay as they were.
+    Holds one run at a time. Small videos are enlarged. times: how often the whole video is written,
+    since a player is through with a second before anybody has looked; above 1 all frames are kept,
+    at a byte a colour. canvas (3, h, w): the reference. The record gains the sizes, the file names,
+    and in "seconds" the time the runs took to arrive ("decode") and the rest ("write"). Raises
+    ValueError on a pixel that is not finite or another number of frames than announced, and passes
+    on what `runs` raises; no file is left then, and older files of these names stay as they were.
     """
     start, (h, w) = time.perf_counter(), canvas.shape[-2:]
     seconds = record.setdefault("seconds", {})

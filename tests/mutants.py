@@ -173,7 +173,7 @@ MUTANTS: list[Mutant] = [
     Mutant("ltx/options.py", "args.placement = args.placement or trained or \"tass\"",
            "args.placement = args.placement or \"tass\"", "tests/test_sample.py"),
     Mutant("ltx/options.py", " and word not in known]", "]", "tests/test_sample.py"),
-    Mutant("ltx/options.py", "get_close_matches(word.lower(), known", "get_close_matches(word, known",
+    Mutant("ltx/options.py", "matches(word.lower(), known", "matches(word, known",
            "tests/test_sample.py"),
     Mutant("ltx/options.py", "f\"{args.prompt} {args.negative_prompt}\"", "args.prompt",
            "tests/test_sample.py"),
@@ -181,7 +181,8 @@ MUTANTS: list[Mutant] = [
     Mutant("sample.py", "                  args.times)", "                  1)",
            "tests/test_sample.py"),
     Mutant("train.py", "if known and args.manifest is None:", "if known:", "tests/test_recipe.py"),
-    Mutant("train.py", "if known and args.manifest is None:", "if False:", "tests/test_pretrain.py"),
+    Mutant("train.py", "if known and args.manifest is None:", "if None:",
+           "tests/test_pretrain.py"),
     # training, toy
     Mutant("training/optim.py", "m.lerp_(p.grad, 0.05)", "m.lerp_(p.grad, 1.0)",
            "tests/test_optim.py"),
@@ -797,7 +798,7 @@ MUTANTS: list[Mutant] = [
     Mutant("common/cli.py", "    sys.unraisablehook = hook", "    pass", "tests/test_cli.py"),
     Mutant("common/cli.py", "        return BROKEN_PIPE", "        raise", "tests/test_cli.py"),
     Mutant("common/cli.py", "        _let_go_of_output()", "        pass", "tests/test_cli.py"),
-    Mutant("common/cli.py", "            print(end=\"\", flush=True)  # a disk", "            # a disk",
+    Mutant("common/cli.py", 'print(end="", flush=True)  # a disk', "pass  # a disk",
            "tests/test_cli.py"),
     Mutant("common/cli.py", "!= ending or path.is_dir()", "!= ending", "tests/test_cli.py"),
 ]

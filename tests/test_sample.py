@@ -289,11 +289,11 @@ def test_words_that_no_caption_held_are_named_once_with_the_nearest_phrases(tiny
     listed = {"reference_placement": "tass",
               "known_phrases": json.dumps(["a person", "laughs", "at the beach", "in a red shirt"])}
     known = write_tiny(tmp_path / "known", metadata=listed)
-    odd = "a Person, with a beard: laughs \x1b[2J at beach!"
+    odd = "a PERSON, with a beard: laughs \x1b[2J at beach!"
     assert warned(tiny, prompt=odd) == []
     assert warned(known, prompt="laughs in a shirt, at the beach.") == []
     assert warned(known, prompt=odd, negative_prompt="red beard, reds") == [
-        "warning: these weights never read: Person, with, beard, 2J, reds; the nearest phrases "
+        "warning: these weights never read: PERSON, with, beard, 2J, reds; the nearest phrases "
         "that they know: a person, at the beach, in a red shirt"]
     model = VideoTransformer(SIZES)
     add_lora(model, rank=2, alpha=2)
@@ -301,7 +301,7 @@ def test_words_that_no_caption_held_are_named_once_with_the_nearest_phrases(tiny
         save_lora(tmp_path / f"{name}.safetensors", model, metadata)
     assert warned(known, "--lora", str(tmp_path / "own.safetensors"), prompt=odd) == []
     (line,) = warned(known, "--lora", str(tmp_path / "world.safetensors"), prompt=odd)
-    assert "never read: Person, 2J; the" in line
+    assert "never read: PERSON, 2J; the" in line
     for broken in ("{", "[1]", '{"a": 1}'):
         wrong = write_tiny(tmp_path / "wrong", metadata={"known_phrases": broken})
         assert sample.main(arguments(wrong, tmp_path / "o.mp4", "--dry-run")) == 2

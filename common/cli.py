@@ -41,6 +41,14 @@ def warn(text: str) -> None:
     print(f"warning: {text}", flush=True)
 
 
+def _let_go_of_output() -> None:
+    """Python flushes once more when it ends, and would complain about a pipe that nobody reads."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class DefaultsFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows defaults in --help, but no "None" where the help itself says what happens."""
 
@@ -54,6 +62,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         told = one_line(message, MOST_TOLD)
         self.exit(2, f"{self.prog}: error: {told}; see {self.prog} --help\n")
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        _let_go_of_output()  # of --help
+        super().exit(status, message)
 
 
 def check_ranges(args: argparse.Namespace, ranges: dict[str, tuple[float, float]]) -> None:
@@ -106,14 +118,6 @@ def signals(react: Callable[[int, object], None]) -> Iterator[None]:
 def _stop(number: int, frame: object) -> None:
     sys.unraisablehook = lambda _: None  # a progress bar that is thrown away half made complains
     raise KeyboardInterrupt(number)
-
-
-def _let_go_of_output() -> None:
-    """Python flushes once more when it ends, and would complain about a pipe that nobody reads."""
-    try:
-        print(end="", flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def command(name: str, work: Callable[[], object], stopped: str = "the same command goes on",

@@ -3,6 +3,7 @@
 Hardware: CPU, a second. Run: python -m pytest tests/test_cli.py
 """
 
+import os
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 from common.cli import Parser, check_file, check_folder, check_ranges, command, signals
 
 ROOT = Path(__file__).resolve().parent.parent
+BUFFERED = os.environ | {"PYTHONUNBUFFERED": ""}  # as Python is unless somebody says otherwise
 
 
 def raising(error: BaseException):
@@ -67,14 +69,18 @@ def test_a_file_that_cannot_be_written_is_found_before_any_work(tmp_path):
         check_file(tmp_path / "file" / "a.json", ".json")
 
 
-@pytest.mark.parametrize("work, status", [("print('x' * 10**6)", 141), ("print('x')", 141),
-                                          ("Parser('x.py').parse_args(['--help'])", 0)])
-def test_a_reader_who_has_seen_enough_ends_a_command_without_a_word(work, status):
+@pytest.mark.parametrize("main, status", [
+    ("command('x.py', lambda: print('x' * 10**6))", 141),
+    ("command('x.py', lambda: print('x'))", 141),
+    ("Parser('x.py').parse_args(['--help'])", 0),
+])
+def test_a_reader_who_has_seen_enough_ends_a_command_without_a_word(main, status):
     """As `| head -1` does: what is printed last is flushed by Python when it ends."""
     code = ("import sys; from common.cli import Parser, command\n"
-            f"sys.stdin.read(); sys.exit(command('x.py', lambda: {work}))")
+            f"sys.stdin.read(); sys.exit({main})")
     running = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, cwd=ROOT,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env=BUFFERED)
     running.stdout.close()
     _, told = running.stdin.close(), running.stderr.read()
     assert (running.wait(), told) == (status, "")
@@ -85,7 +91,7 @@ def test_a_full_disk_under_what_is_printed_is_one_line():
     code = "import sys; from common.cli import command; sys.exit(command('x.py', lambda: print(1)))"
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=full, text=True,
-                              stderr=subprocess.PIPE)
+                              stderr=subprocess.PIPE, env=BUFFERED)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "No space left" in done.stderr
 
 

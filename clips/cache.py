@@ -154,7 +154,7 @@ def _read_known(folder, what):
 
 
 def _write_known(folder, what, rank, known):
-    if known == _read_known(folder, what):
+    if known.items() <= _read_known(folder, what).items():  # others may have written meanwhile
         return
     try:
         _write(folder / f"{what}-{rank}.json", json.dumps(known).encode())

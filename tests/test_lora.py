@@ -162,11 +162,14 @@ def write_settings(folder, settings: object) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(settings))
 
 
-def peft_file(folder, settings: object):
+PEFT_KEYS = ["base_model.model.{}.weight", "{}.default.weight"]  # as it saves, as it holds them
+
+
+def peft_file(folder, settings: object, spelled: str = PEFT_KEYS[0]):
     """A LoRA of one linear, rank 3, with PEFT's names and perhaps settings; returns its path."""
-    stem, path = "base_model.model.transformer_blocks.1.attn2.to_k.", folder / "adapter.safetensors"
-    shapes = {"lora_A.weight": (3, SMALL.dim), "lora_B.weight": (SMALL.dim, 3)}
-    save_file({stem + end: torch.randn(shape) for end, shape in shapes.items()}, path)
+    stem, path = "transformer_blocks.1.attn2.to_k.", folder / "adapter.safetensors"
+    shapes = {"lora_A": (3, SMALL.dim), "lora_B": (SMALL.dim, 3)}
+    save_file({spelled.format(stem + part): torch.randn(s) for part, s in shapes.items()}, path)
     if isinstance(settings, dict):
         settings = {"peft_type": "LORA", "bias": "none", "use_dora": False} | settings
     if settings is not None:
@@ -185,8 +188,10 @@ def peft_file(folder, settings: object):
     ({"lora_alpha": 12, "init_lora_weights": "gaussian", "target_modules": ["to_k"]}, 12 / 3),
 ])
 def test_the_strength_of_a_peft_adapter_is_that_of_its_settings(settings, scale, tmp_path):
-    ((_, _, found),) = lora.read_lora(peft_file(tmp_path, settings), build()).pairs.values()
-    assert found == pytest.approx(scale, rel=1e-6)
+    for spelled in PEFT_KEYS:
+        path = peft_file(tmp_path, settings, spelled)
+        ((_, _, found),) = lora.read_lora(path, build()).pairs.values()
+        assert found == pytest.approx(scale, rel=1e-6), spelled
 
 
 @pytest.mark.parametrize(("settings", "words"), [

@@ -90,13 +90,13 @@ def test_files_are_told_by_what_they_hold_and_not_by_where_they_lie(tmp_path, ca
 
     old = {"checkpoint": "/old/a.safetensors", "clips": "0123456789abcdef", "lr": 1}
     begin(old).save()  # as before contents were noted
+    begin({"lr": 1})
     now = {"lr": 1, "content": {"checkpoint": ["12ab", "b.safetensors"], "clips": ["3", "c.csv"]}}
     begin(now).save()
     told = capsys.readouterr().err
     assert told.count("\n") == 1 and "warning: " in told and "with those given now" in told
     moved = {"checkpoint": ["12ab", "elsewhere/b"], "clips": ["3", "d.csv"], "more": ["4", "e"]}
     begin(now | {"content": moved})
-    begin({"lr": 1})
     assert capsys.readouterr().err == ""
     for what, where in (("checkpoint", "b.safetensors"), ("clips", "c.csv")):
         other = now["content"] | {what: ["99", where]}

@@ -70,13 +70,14 @@ def content_hash(path: Path, known: dict[str, str]) -> str:
             try:
                 with TensorFile(path) as weights:
                     start, rows = weights.start, weights.table.values()
+            except SafetensorError:  # any other file
+                digest = hashlib.file_digest(file, "sha256")
+            else:
                 digest = hashlib.sha256(file.read(start))
                 for row in sorted(rows, key=lambda row: row.begin):
                     for place in (row.begin, (row.begin + row.end) // 2, row.end - SAMPLE):
                         file.seek(start + max(place, row.begin))
                         digest.update(file.read(SAMPLE))
-            except SafetensorError:  # any other file
-                digest = hashlib.file_digest(file, "sha256")
         known[stamp] = digest.hexdigest()
     return known[stamp]
 

@@ -254,12 +254,12 @@ def check_table(table: dict[str, Entry], wanted: dict[str, Tensor], prefix: str,
     """Raise ValueError unless each prefix + <name wanted> is in a table, in its shape, and we know
     what its numbers mean. where: whose table, for messages; take: what to use instead."""
     shapes = {prefix + name: tuple(like.shape) for name, like in wanted.items()}
-    beside = _beside(table, shapes)
+    beside = _beside([name for name in table if name.startswith(prefix)], shapes)
     missing = sorted((name for name in shapes if name not in table), key=lambda n: n not in beside)
     if missing:
-        packed = [f"{other}, numbers packed in another way"
-                  for other in beside.get(missing[0], ())]
-        got = packed[0] if packed else f"none ({len(missing)} of {len(shapes)} missing)"
+        got = f"none ({len(missing)} of {len(shapes)} missing)"
+        if others := beside.get(missing[0]):
+            got = f"{others[0]}, numbers packed in another way"
         raise refusal(f"tensor {missing[0]} in {where}", got, f"download {take}")
     for name, shape in shapes.items():
         scale, rows = _scale_of(table, name), shape[:1]
@@ -283,15 +283,15 @@ def check_table(table: dict[str, Entry], wanted: dict[str, Tensor], prefix: str,
                       f"use {take}")
 
 
-def _beside(table: dict[str, Entry], names: Container[str]) -> dict[str, list[str]]:
+def _beside(stored: list[str], wanted: Container[str]) -> dict[str, list[str]]:
     """What else is stored of the modules whose x.weight is wanted: x.weight_scale, x.qweight,
     x.weight.absmax, ... by the name of that weight."""
     found: dict[str, list[str]] = {}
-    for other in table:
+    for other in (name for name in stored if name not in wanted):
         parts = other.split(".")
-        for end in range(1, len(parts) if other not in names else 0):
+        for end in range(1, len(parts)):
             weight = ".".join([*parts[:end], "weight"])
-            if weight in names:
+            if weight in wanted:
                 found.setdefault(weight, []).append(other)
     return found
 

@@ -326,10 +326,13 @@ def load_gemma(folder: str | os.PathLike, dtype: torch.dtype | None = None,
     def fill(module: nn.Module, stem: str, onto: str | torch.device) -> nn.Module:
         """The tensors of one part, whichever of the files they are in."""
         with ExitStack() as stack:
-            files = {path: stack.enter_context(open_file(path, onto)) for path in
-                     set(where.values())}
-            tensors = {name: read_tensor(lambda each: files[where[each]].get_tensor(each), table,
-                                         prefix + stem + name).to(dtype=dtype)
+            files = {path: stack.enter_context(open_file(path, onto))
+                     for path in set(where.values())}
+
+            def get(name: str) -> Tensor:
+                return files[where[name]].get_tensor(name)
+
+            tensors = {name: read_tensor(get, table, prefix + stem + name).to(dtype=dtype)
                        for name in module.state_dict()}
         module.load_state_dict(tensors, strict=True, assign=True)
         return module

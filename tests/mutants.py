@@ -746,6 +746,8 @@ MUTANTS: list[Mutant] = [
     Mutant("study/results.py", "difference(records[seed], base[seed], name)",
            "difference(records[seed], next(iter(base.values())), name)", "tests/test_results.py"),
     Mutant("study/results.py", "(100, 1, \" %\") if", "(1, 3, \"\") if", "tests/test_results.py"),
+    Mutant("study/ablate.py", '| {"recipe": DEFAULT}, files)', '| {"recipe": DEFAULT})',
+           "tests/test_ablate.py"),
     Mutant("study/results.py", "if before.get(key) != settings[key]:", "if key not in before:",
            "tests/test_results.py"),
     Mutant("study/results.py", "for r in found) / 3600", "for r in found) / 60",

@@ -43,6 +43,7 @@ from torch import Generator, Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from augment import AugmentStrength, augment_reference
+from clips.cache import identity
 from clips.dataset import Batch, Order, PerClip, add_data_arguments, check_batch, shard_indices
 from clips.face import FaceNet, faces_of, load_facenet, usable_landmarks
 from common.cli import DefaultsFormatter, Parser, check_folder, check_ranges, command
@@ -320,15 +321,19 @@ def applies(batch: Batch, draws: Draws) -> Tensor:
 
 def begin(args: argparse.Namespace, model: VideoTransformer, clips: str, world_size: int) -> Run:
     """The run in --out, from its newest state when there is one. What decides the result must be
-    as it was; clips: which they are."""
+    as it was, files by their content; clips: which they are."""
     named = {k: p for k, p in model.named_parameters() if p.requires_grad}
     free = ("steps", "minutes", "compile", "out", "save_seconds", "batch", "accumulate", "parallel",
-            "cache", "validate_every", "gradient_checkpointing", "validation", "manifest")
+            "cache", "validate_every", "gradient_checkpointing", "validation", "manifest", "root",
+            "allow_outside", "offload_text", "checkpoint", "gemma_root", "face")
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()
                 if k not in free}
     # However the clips of a step are shared out, it is the same step.
     settings["clips_per_step"] = args.batch * args.accumulate * world_size
-    settings["clips"] = clips
+    files = {"checkpoint": args.checkpoint, "text model": args.gemma_root}
+    files |= {"recogniser": args.face} if args.w_id > 0 else {}
+    settings["content"] = {what: [identity(path), str(path)] for what, path in files.items()}
+    settings["content"]["clips"] = [clips, str(args.manifest or "the procedural world")]
     optimizer = make_optimizer(args, named)
     return Run(args.out, named, optimizer, EMA(named, EMA_DECAY), settings, KEEP)
 

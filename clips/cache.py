@@ -39,6 +39,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -46,23 +47,56 @@ from clips.frames import FORMAT, IMAGES, Bucket, Probe, Unusable, load_clip, pro
 from clips.manifest import Report, Row, add_manifest_arguments, check_arguments, check_row
 from common.cli import Parser, command
 from common.files import atomic_write, parse_json, read_text, sweep
-from ltx.checkpoint import open_file, read_metadata
+from ltx.checkpoint import TensorFile, open_file, read_metadata
 from ltx.offload import OFFLOADS
 from ltx.text import CONNECTOR_PREFIX, EXTRACTOR_PREFIX, TextEncoder, check_text
 from ltx.vae import VideoVAE
 
+SAMPLE = 4096     # our reading: bytes; three for each tensor are 70 MB of LTX-2.3's 46 GB
 ABANDONED = 3600  # our reading: seconds; what nobody wrote to for so long is a killed process's
 
 # ------------------------------------------------------------ hashes
 
 
 def content_hash(path: Path, known: dict[str, str]) -> str:
-    """sha256 of all bytes. `known`: those found before, by path, size and time of change."""
+    """What a file holds, wherever it lies: sha256 of all bytes. Of weights, which would take
+    minutes, of the header and of three samples of each tensor: one flipped bit may go unseen.
+
+    known: those found before, by path, size and time of change.
+    """
     stamp = _stamp(path)
     if stamp not in known:
         with path.open("rb") as file:
-            known[stamp] = hashlib.file_digest(file, "sha256").hexdigest()
+            try:
+                with TensorFile(path) as weights:
+                    start, rows = weights.start, weights.table.values()
+            except SafetensorError:  # any other file
+                digest = hashlib.file_digest(file, "sha256")
+            else:
+                digest = hashlib.sha256(file.read(start))
+                for row in sorted(rows, key=lambda row: row.begin):
+                    for place in (row.begin, (row.begin + row.end) // 2, row.end - SAMPLE):
+                        file.seek(start + max(place, row.begin))
+                        digest.update(file.read(SAMPLE))
+        known[stamp] = digest.hexdigest()
     return known[stamp]
+
+
+def identity(path: Path) -> str:
+    """The content of a file, or of those that are read of a text model's folder; 16 digits."""
+    files = _text_files(path) if path.is_dir() else [path]
+    told = "".join(content_hash(file, {}) for file in files)
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+def _text_files(folder):
+    named = [folder / "config.json", folder / "tokenizer.json"]
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights or not all(path.is_file() for path in named):
+        raise ValueError(f"expected config.json, tokenizer.json and *.safetensors in {folder}, "
+                         "got not all of them; download the whole Gemma folder")
+    # the index decides which weights are read
+    return [*named, *weights, *folder.glob("model.safetensors.index.json")]
 
 
 def _stamp(path):
@@ -91,7 +125,7 @@ def text_key(checkpoint: str | Path, gemma_root: str | Path, folder: str | Path,
              wait: Callable[[], object] | None = None, dtype: torch.dtype = torch.float32) -> str:
     """What a context depends on beside its caption: Gemma, extractor, connector, and the type.
 
-    24 GB are read once: the cache folder remembers the hashes. With several workers rank 0 reads,
+    10 GB are read once: the cache folder remembers the hashes. With several workers rank 0 reads,
     the others wait and look up. Raises ValueError when a file is missing or no checkpoint.
     """
     if rank and wait:
@@ -108,12 +142,7 @@ def text_key(checkpoint: str | Path, gemma_root: str | Path, folder: str | Path,
 
 def _text_key(checkpoint, gemma_root, folder, rank, dtype):
     settings = read_metadata(checkpoint)["config"].get("transformer")
-    named = [gemma_root / "config.json", gemma_root / "tokenizer.json"]
-    weights = sorted(gemma_root.glob("*.safetensors"))
-    if not weights or not all(path.is_file() for path in named):
-        raise ValueError(f"expected config.json, tokenizer.json and *.safetensors in {gemma_root}, "
-                         "got not all of them; download the whole Gemma folder")
-    index = gemma_root.glob("model.safetensors.index.json")  # decides which weights are read
+    files = _text_files(gemma_root)
     known = _read_known(folder, "hashes")
     try:
         # Only the text part: 46 GB are video and sound, and LoRAs or trainings change those.
@@ -125,8 +154,7 @@ def _text_key(checkpoint, gemma_root, folder, rank, dtype):
                     if name.startswith((EXTRACTOR_PREFIX, CONNECTOR_PREFIX)):
                         _add(digest, name, file.get_tensor(name))
             known[stamp] = digest.hexdigest()
-        bar = tqdm([*named, *weights, *index], desc="hashing text files", unit="file",
-                   disable=True if rank else None)
+        bar = tqdm(files, desc="hashing text files", unit="file", disable=True if rank else None)
         gemma = {path.name: content_hash(path, known) for path in bar}
     finally:
         _write_known(folder, "hashes", rank, known)
@@ -263,10 +291,11 @@ def check_once(rows: Sequence[Row], buckets: Sequence[Bucket], frame_rate: float
 
 class CachedLatents:
     """Latents of rows, read when asked for: `latents[i]` is (C, F', H, W).
-    groups: bucket -> its row indices."""
+    groups: bucket -> its row indices; known: as in content_hash, also of references and faces."""
 
-    def __init__(self, rows: Sequence[Row], paths: Sequence[Path]):
-        self.rows, self.paths = list(rows), list(paths)
+    def __init__(self, rows: Sequence[Row], paths: Sequence[Path],
+                 known: dict[str, str] | None = None):
+        self.rows, self.paths, self.known = list(rows), list(paths), known or {}
         self.groups: dict[Bucket, list[int]] = defaultdict(list)
         for i, row in enumerate(self.rows):
             self.groups[row.bucket].append(i)
@@ -295,6 +324,9 @@ def cache_latents(rows: Sequence[Row], vae: nn.Module, encode: Callable[[Tensor]
 
     def make(row):
         path = _latent_path(row, folder, weights, known)
+        with _row_named(row):
+            for beside in filter(None, (row.reference, row.faces)):
+                content_hash(beside, known)
         if not _is_intact(path):
             latent = encode(_read_clip(row, known)[None])[0]
             _save(path, latent, f"latent of row {row.number} ({row.video.name})", "VAE")
@@ -303,7 +335,7 @@ def cache_latents(rows: Sequence[Row], vae: nn.Module, encode: Callable[[Tensor]
            lambda: _write_known(folder, "hashes", rank, known))
     known |= _read_known(folder, "hashes")  # what the others found
     paths = [_latent_path(row, folder, weights, known) for row in rows]
-    return CachedLatents(rows, _all_there(paths, world))
+    return CachedLatents(rows, _all_there(paths, world), known)
 
 
 @contextmanager

@@ -40,6 +40,7 @@ from clips.cache import (
     cache_contexts,
     cache_latents,
     check_once,
+    content_hash,
     lazy_encoder,
     text_dtype,
     text_key,
@@ -236,8 +237,12 @@ class RealClips:
         return "rows " + ", ".join(f"{row.number} ({row.video.name})" for row in rows)
 
     def fingerprint(self) -> str:
-        """Of latents (by content), captions, and where references come from."""
-        rows = [(path.name, row.caption, str(row.reference), row.identity, row.faces is None)
+        """Of latents, captions, identities, and the content of references and faces files; where
+        they lie does not matter."""
+        def told(path: Path | None) -> str | None:
+            return None if path is None else content_hash(path, self.latents.known)
+
+        rows = [(path.name, row.caption, told(row.reference), row.identity, told(row.faces))
                 for row, path in zip(self.rows, self.latents.paths, strict=True)]
         return hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
 

@@ -15,8 +15,9 @@ LTX-2.3: the header carries a JSON text named "config" with the parts "transform
 our reading: "reference_placement" in the header says where training put the reference tokens;
   ST-DRC (arXiv 2606.02441) does not say how its model is stored.
 
-Conventions. dtype None keeps the stored type. Names that nobody asked for are never read. A file
-of another kind is named in one line; a pickle, which can run code, is never opened.
+Conventions. dtype None keeps the stored type. Names that nobody asked for are never read, except a
+float8 matrix's scale: the two are multiplied, in float32. A file of another kind is named in one
+line; a pickle, which can run code, is never opened.
 
     with shapes_from(path):                                       # on the meta device, no memory
         vae = VideoVAE(read_metadata(path)["config"]["vae"])
@@ -29,7 +30,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -45,6 +46,11 @@ TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16
          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64,
          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
          "BOOL": torch.bool}  # fmt: skip
+# LTX-2.3: in its own fp8 file x.weight is float8 and means x.weight * x.weight_scale, one number a
+# matrix. Text models have one a row (compressed-tensors), older ComfyUI files the other name.
+# Without any scale, as in ComfyUI's plain fp8 files, float8 is a plain cast and means itself.
+FLOAT8_SCALES = ("weight_scale", "scale_weight")
+UNREAD = ("input_scale", "scale_input", "comfy_quant")  # of activations, which are not rounded here
 MOST_LAYERS = 1000  # our reading: LTX-2.3 and its Gemma have 48; a billion would be built for ever
 
 SIZES = ("in_channels", "out_channels", "latent_channels", "encoder_base_channels", "patch_size",
@@ -236,22 +242,73 @@ def check_weights(module: nn.Module, path: str | os.PathLike, prefix: str) -> No
 
 def _check(file: TensorFile, path: str | os.PathLike, wanted: dict[str, Tensor],
            prefix: str) -> None:
-    stored = set(file.keys())
-    missing = [prefix + name for name in wanted if prefix + name not in stored]
+    missing = [prefix + name for name in wanted if prefix + name not in file.table]
+    metadata = {key: value for key, value in file.metadata().items() if key != "config"}
+    if missing and (other := stranger(metadata, file.keys())):
+        raise ValueError(f"expected tensor {missing[0]} in {path}, got {other}")
+    check_table(file.table, wanted, prefix, path, SINGLE_FILE)
+
+
+def check_table(table: dict[str, Entry], wanted: dict[str, Tensor], prefix: str, where: object,
+                take: str) -> None:
+    """Raise ValueError unless each prefix + <name wanted> is in a table, in its shape, and we know
+    what its numbers mean. where: whose table, for messages; take: what to use instead."""
+    shapes = {prefix + name: tuple(like.shape) for name, like in wanted.items()}
+    beside = _beside([name for name in table if name.startswith(prefix)], shapes)
+    missing = sorted((name for name in shapes if name not in table), key=lambda n: n not in beside)
     if missing:
-        metadata = {key: value for key, value in file.metadata().items() if key != "config"}
-        if other := stranger(metadata, stored):
-            raise ValueError(f"expected tensor {missing[0]} in {path}, got {other}")
-        raise refusal(f"tensor {missing[0]} in {path}",
-                      f"none ({len(missing)} of {len(wanted)} missing)",
-                      f"download {SINGLE_FILE} again")
-    for name, like in wanted.items():
-        entry, shape = file.get_slice(prefix + name), tuple(like.shape)
-        if (found := tuple(entry.get_shape())) != shape:
-            raise refusal(f"{prefix + name} of shape {shape} in {path}", one_line(found),
+        got = f"none ({len(missing)} of {len(shapes)} missing)"
+        if others := beside.get(missing[0]):
+            got = f"{others[0]}, numbers packed in another way"
+        raise refusal(f"tensor {missing[0]} in {where}", got, f"download {take}")
+    for name, shape in shapes.items():
+        scale, rows = _scale_of(table, name), shape[:1]
+        known = {f"{name.removesuffix('weight')}{end}" for end in UNREAD} | {scale}
+        if unknown := [other for other in beside.get(name, ()) if other not in known]:
+            raise refusal(f"{name} in {where} alone, or in float8 with one scale",
+                          f"also {unknown[0]}", f"use {take}")
+        if (found := tuple(table[name].get_shape())) != shape:
+            raise refusal(f"{name} of shape {shape} in {where}", one_line(found),
                           "use a file whose config fits its tensors")
-        if not TYPES.get(entry.get_dtype(), torch.uint8).is_floating_point:
-            raise refusal(f"floating-point numbers in {prefix + name} of {path}", entry.get_dtype())
+        if scale and tuple(table[scale].get_shape()) not in ((), (1,), (1, 1), rows, (*rows, 1)):
+            raise refusal(f"one number, or one for each row, in {scale} of {where}",
+                          f"shape {one_line(table[scale].get_shape())}", f"use {take}")
+        for each in (name, scale) if scale else (name,):
+            if not TYPES.get(kind := table[each].get_dtype(), torch.uint8).is_floating_point:
+                raise refusal(f"floating-point numbers in {each} of {where}", kind, f"use {take}")
+    scaled = {bool(_scale_of(table, name)): name for name, shape in shapes.items()
+              if len(shape) == 2 and table[name].get_dtype().startswith("F8")}
+    if len(scaled) == 2:
+        raise refusal(f"a scale beside {scaled[False]} in {where} as beside {scaled[True]}", "none",
+                      f"use {take}")
+
+
+def _beside(stored: list[str], wanted: Container[str]) -> dict[str, list[str]]:
+    """What else is stored of the modules whose x.weight is wanted: x.weight_scale, x.qweight,
+    x.weight.absmax, ... by the name of that weight."""
+    found: dict[str, list[str]] = {}
+    for other in (name for name in stored if name not in wanted):
+        parts = other.split(".")
+        for end in range(1, len(parts)):
+            weight = ".".join([*parts[:end], "weight"])
+            if weight in wanted:
+                found.setdefault(weight, []).append(other)
+    return found
+
+
+def _scale_of(table: dict[str, Entry], name: str) -> str | None:
+    """The name of a float8 matrix's scale, if there is one."""
+    row, stem = table[name], name.removesuffix("weight")
+    if not row.get_dtype().startswith("F8") or len(row.get_shape()) != 2:
+        return None
+    return next((stem + end for end in FLOAT8_SCALES if stem + end in table), None)
+
+
+def read_tensor(get: Callable[[str], Tensor], table: dict[str, Entry], name: str) -> Tensor:
+    """What a checked tensor means: a float8 matrix (out, in) times its scale, float32; any other as
+    it is stored. get(name) reads one."""
+    tensor, scale = get(name), _scale_of(table, name)
+    return tensor if scale is None else tensor.float() * get(scale).float().reshape(-1, 1)
 
 
 def load_weights(
@@ -273,7 +330,7 @@ def load_weights(
     with open_file(path, device) as file:
         _check(file, path, wanted, prefix)
         for name, like in wanted.items():
-            tensor = file.get_tensor(prefix + name)
+            tensor = read_tensor(file.get_tensor, file.table, prefix + name)
             final = like.dtype if like.dtype == torch.float8_e4m3fn else dtype or tensor.dtype
             state[name] = (tensor if change is None else change(name, tensor)).to(final)
     module.load_state_dict(state, strict=True, assign=True)
@@ -314,6 +371,8 @@ def write_file(path: str | os.PathLike, tensors: dict[str, Tensor],
 def save_changed(path: str | os.PathLike, base: str | os.PathLike, changed: dict[str, Tensor],
                  metadata: dict[str, str]) -> None:
     """A copy of the checkpoint `base`, some tensors changed, this metadata beside its config."""
-    with open_file(base) as file:
-        kept = {name: file.get_tensor(name) for name in file.keys() if name not in changed}
+    stems = tuple(name.removesuffix("weight") for name in changed if name.endswith(".weight"))
+    gone = {*changed, *(stem + end for stem in stems for end in (*FLOAT8_SCALES, *UNREAD))}
+    with open_file(base) as file:  # without the scales of float8 numbers that are replaced
+        kept = {name: file.get_tensor(name) for name in file.keys() if name not in gone}
     save_checkpoint(path, kept | changed, read_metadata(base)["config"], metadata)

@@ -25,6 +25,7 @@ Read next: ltx/text.py
 import copy
 import json
 import os
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -33,7 +34,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.files import atomic_write, one_line
-from ltx.checkpoint import MOST_LAYERS, TYPES, open_file, write_file
+from ltx.checkpoint import (
+    MOST_LAYERS,
+    Entry,
+    check_table,
+    open_file,
+    read_tensor,
+    write_file,
+)
 from ltx.offload import stream_blocks
 from ltx.tokenizer import read_object
 
@@ -308,20 +316,24 @@ def load_gemma(folder: str | os.PathLike, dtype: torch.dtype | None = None,
 
     dtype None keeps what is stored. offload "cpu" or "disk": layers come one by one, see
     offload.py. Vision tower and output layer are never read. Raises ValueError, before a number is
-    read, for a missing, damaged or foreign file and for a missing or misshapen tensor.
+    read, for a missing, damaged or foreign file and for a tensor that check_table refuses.
     """
     folder = Path(folder)
     with torch.device("meta"):
         gemma = GemmaTextModel(GemmaConfig.from_folder(folder))
-    where, prefix = _find_gemma(folder, gemma.state_dict())
+    where, table, prefix = _find_gemma(folder, gemma.state_dict())
 
     def fill(module: nn.Module, stem: str, onto: str | torch.device) -> nn.Module:
         """The tensors of one part, whichever of the files they are in."""
-        names, tensors = list(module.state_dict()), {}
-        for path in sorted({where[prefix + stem + name] for name in names}):
-            with open_file(path, onto) as file:
-                for name in (n for n in names if where[prefix + stem + n] == path):
-                    tensors[name] = file.get_tensor(prefix + stem + name).to(dtype=dtype)
+        with ExitStack() as stack:
+            files = {path: stack.enter_context(open_file(path, onto))
+                     for path in set(where.values())}
+
+            def get(name: str) -> Tensor:
+                return files[where[name]].get_tensor(name)
+
+            tensors = {name: read_tensor(get, table, prefix + stem + name).to(dtype=dtype)
+                       for name in module.state_dict()}
         module.load_state_dict(tensors, strict=True, assign=True)
         return module
 
@@ -337,29 +349,21 @@ def load_gemma(folder: str | os.PathLike, dtype: torch.dtype | None = None,
     return gemma
 
 
-def _find_gemma(folder: Path, expected: dict[str, Tensor]) -> tuple[dict[str, Path], str]:
-    """Which file holds which tensor, and what stands in front of our names. Raises ValueError."""
-    where, rows = {}, {}
+def _find_gemma(folder: Path, expected: dict[str, Tensor]
+                ) -> tuple[dict[str, Path], dict[str, Entry], str]:
+    """Which file holds which tensor, the rows of all their tables, and what stands in front of our
+    names. Raises ValueError."""
+    where, table = {}, {}
     for path in _gemma_files(folder):
         with open_file(path) as file:
-            for name in file.keys():
-                where[name], rows[name] = path, file.get_slice(name)
-    prefix = next((p for p in GEMMA_PREFIXES if p + "embed_tokens.weight" in where), None)
+            table |= file.table
+            where |= dict.fromkeys(file.table, path)
+    prefix = next((p for p in GEMMA_PREFIXES if p + "embed_tokens.weight" in table), None)
     if prefix is None:
         raise ValueError(f"expected '...embed_tokens.weight' in {folder}, got none; "
                          "is this a Gemma 3 folder?")
-    if missing := [prefix + name for name in expected if prefix + name not in where]:
-        raise ValueError(f"expected {missing[0]} in {folder}, got {len(missing)} missing; "
-                         "fetch all files")
-    for name, like in expected.items():
-        row, want = rows[prefix + name], tuple(like.shape)
-        if want != (got := tuple(row.get_shape())):
-            raise ValueError(f"expected {prefix + name} of shape {want} in {folder}, got {got}; "
-                             "config.json disagrees")
-        if not TYPES.get(row.get_dtype(), torch.uint8).is_floating_point:
-            raise ValueError(f"expected floating-point numbers in {prefix + name} of {folder}, "
-                             f"got {row.get_dtype()}; use the bf16 files")
-    return where, prefix
+    check_table(table, expected, prefix, folder, "the whole folder in bf16")
+    return where, table, prefix
 
 
 def _gemma_files(folder: Path) -> list[Path]:

@@ -9,11 +9,13 @@ or belongs to the audio half that this program leaves out, or is an error that n
   diffusion_model.transformer_blocks.0.attn1.to_q.lora_A.weight     LTX's own tools; what we write
   transformer.transformer_blocks.0.attn1.to_q.lora_A.weight         Diffusers; also without prefix
   lora_unet_transformer_blocks_0_attn1_to_q.lora_down.weight        kohya; also with an .alpha
+  base_model.model.transformer_blocks.0.attn1.to_q.lora_A.weight    PEFT; with adapter_config.json
 
 LTX-2.3: the names in the file; layers, rank and alpha are those of its in-context LoRA recipe.
 our reading: that ST-DRC (arXiv 2606.02441) is trained this way. The paper does not say how.
 
 Conventions. A (rank, in), B (out, rank); a file's scale is alpha / rank, or 1 without an alpha.
+PEFT keeps alpha in a file of its own, so without that a LoRA of PEFT's is refused.
 Strength 0 is off. A LoRA that is used is added into W ("fused"); several add up, in any order.
 
     add_lora(model, rank=32, alpha=32)                         # train the parameters it returns
@@ -27,13 +29,14 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.files import one_line, parse_json
+from common.files import one_line, parse_json, read_text
 from ltx.checkpoint import open_file, write_file
 
 # LTX-2.3: the modules of the published in-context LoRA recipe.
@@ -146,6 +149,18 @@ RENAMED = {"prompt_adaln_single": "prompt_adaln", "adaln_single": "time_embed",
            "patchify_proj": "proj_in"}
 
 
+PEFT_KEY = re.compile(r"base_model\.model\.|.*\.default\.weight$")
+# PEFT's settings: those that are read, and those that change nothing about what a finished adapter
+# adds. Any other that is set is refused by name, whichever version of PEFT brings it.
+READ = {"alpha_pattern", "lora_alpha", "r", "rank_pattern", "use_rslora"}
+HARMLESS = {"auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config",
+            "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform",
+            "lora_dropout", "megatron_core", "peft_version", "qalora_group_size", "revision",
+            "runtime_config", "target_modules", "task_type"}
+USUAL = {"bias": ("none",), "peft_type": ("LORA",),
+         "init_lora_weights": (True, "gaussian", "eva", "orthogonal")}  # others change the base
+
+
 class LoRAFile(NamedTuple):
     """pairs: name of a linear -> A (rank, in), B (out, rank), scale. audio_keys: left out."""
 
@@ -157,10 +172,10 @@ class LoRAFile(NamedTuple):
 def read_lora(path: str | os.PathLike, model: nn.Module) -> LoRAFile:
     """Read a LoRA file in any of the spellings above; the model may be on the meta device.
 
-    Keys of the audio half are counted and never read. The scale is ".alpha" / rank; else lora_alpha
-    / rank, which Diffusers writes into the header; else 1. An adapter_config.json is not read.
-    Raises ValueError naming the keys that are unknown, double, without partner, or do not fit the
-    model; and when nothing is left.
+    Keys of the audio half are counted and never read. The scale is ".alpha" / rank; else what the
+    settings of PEFT say, which Diffusers writes into the header and PEFT into adapter_config.json
+    beside the file; else 1. Raises ValueError naming the keys that are unknown, double, without
+    partner, or do not fit the model; when nothing is left; and for PEFT's keys without an alpha.
     """
     spellings, linears = _spellings(model), _linears(model)
     found: dict[str, dict[str, tuple[str, Tensor]]] = {}  # name -> "A", "B", "alpha" -> key, tensor
@@ -189,8 +204,9 @@ def read_lora(path: str | os.PathLike, model: nn.Module) -> LoRAFile:
     if not found:
         raise ValueError(f"expected LoRA tensors in {path}, got none ({audio_keys} for audio); "
                          "use another file")
-    alpha = _header_alpha(metadata)
-    pairs = {name: _pair(name, parts, linears[name], alpha) for name, parts in found.items()}
+    keys = [key for parts in found.values() for key, _ in parts.values()]
+    settings = _settings(Path(path), metadata, any(map(PEFT_KEY.match, keys)))
+    pairs = {name: _pair(name, parts, linears[name], settings) for name, parts in found.items()}
     return LoRAFile(pairs, metadata, audio_keys)
 
 
@@ -213,28 +229,56 @@ def _is_audio(name: str) -> bool:
     return between or any(part in name for part in ("audio", "a2v_ca", "v2a_ca"))
 
 
-def _header_alpha(metadata: dict[str, str]) -> float | None:
-    """lora_alpha of the header entry that Diffusers writes. Raises ValueError for no plain LoRA."""
-    where = "'lora_adapter_metadata'"
+def _settings(path: Path, metadata: dict[str, str], peft: bool) -> dict | None:
+    """PEFT's settings: of the header entry that Diffusers writes, else, for PEFT's own keys, of the
+    file beside. {}: there are none and need be none; None: PEFT's keys without. Raises ValueError
+    for what is no plain LoRA."""
+    where, text = "'lora_adapter_metadata'", metadata.get("lora_adapter_metadata")
+    if text is None:
+        where = path.parent / "adapter_config.json"
+        if not (peft and where.is_file()):
+            return None if peft else {}
     try:
-        entry = parse_json(metadata.get("lora_adapter_metadata", "{}"))
-        config = {key.removeprefix("transformer."): value for key, value in entry.items()}
-        alpha = float(config["lora_alpha"]) if "lora_alpha" in config else None
-    except (ValueError, TypeError, AttributeError, OverflowError) as error:
-        got = one_line(error)
-        raise ValueError(f"expected JSON in {where}, got {got}; remove the entry") from error
-    for switch in ("use_rslora", "use_dora", "alpha_pattern"):
-        if config.get(switch):
-            raise ValueError(f"expected a plain LoRA, got {switch} in {where}; convert the file")
-    if alpha is not None and not math.isfinite(alpha):
-        raise ValueError(f"expected a number for lora_alpha in {where}, got {alpha}; "
-                         "remove the entry")
-    return alpha
+        text = read_text(where) if text is None else text
+        config = {key.removeprefix("transformer."): v for key, v in parse_json(text).items()}
+        alphas = {end: float(a) for end, a in (config.get("alpha_pattern") or {}).items()}
+        config |= {"lora_alpha": float(config["lora_alpha"]), "alpha_pattern": alphas}
+        ranks = {config.get("r"), *(config.get("rank_pattern") or {}).values()}
+    except (ValueError, TypeError, AttributeError, OverflowError, KeyError) as error:
+        told = one_line(f"no {error}" if isinstance(error, KeyError) else error)
+        raise ValueError(f"expected JSON with PEFT's settings in {where}, got {told}; "
+                         "get it again") from error
+    for key, value in config.items():
+        usual = key in READ | HARMLESS or value in USUAL.get(key, ())
+        if key == "alpha_pattern":  # PEFT takes regular expressions
+            usual = all(re.fullmatch(r"[\w.]+", end) for end in value)
+        if value and not usual:
+            raise ValueError(f"expected a plain LoRA, got {key} = {one_line(value, 40)} in "
+                             f"{where}; merge it with PEFT, or convert it")
+    for name, alpha in (("lora_alpha", config["lora_alpha"]), *alphas.items()):
+        if not math.isfinite(alpha):
+            raise ValueError(f"expected a number for {name} in {where}, got {alpha}; get it again")
+    return config | {"ranks": ranks}
 
 
-def _pair(name: str, parts: dict, linear: nn.Module, alpha: float | None
+def _scale(settings: dict | None, key: str, rank: int) -> float:
+    """How strong B @ A is for the linear whose key this is, up to ".lora_A"."""
+    if settings is None:
+        raise ValueError("expected PEFT's adapter_config.json beside the file, which says how "
+                         f"strong it is, got none, and no alpha for {key!r:.80}; put it there")
+    if not settings:
+        return 1.0
+    if settings.get("r") and rank not in settings["ranks"]:
+        raise ValueError(f"expected a rank out of {one_line(settings['ranks'], 40)} as PEFT's "
+                         f"settings say, got {rank} for {key!r:.80}; they belong to another LoRA")
+    alpha = next((a for end, a in settings["alpha_pattern"].items()
+                  if f".{key}".endswith(f".{end}")), settings["lora_alpha"])
+    return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+
+
+def _pair(name: str, parts: dict, linear: nn.Module, settings: dict | None
           ) -> tuple[Tensor, Tensor, float]:
-    """A, B and scale of one linear, checked against it. alpha: that of the header."""
+    """A, B and scale of one linear, checked against it."""
     if "A" not in parts or "B" not in parts:
         keys = ", ".join(repr(key) for key, _ in parts.values())
         raise ValueError(f"expected lora_A and lora_B (or lora_down and lora_up) of {name}, "
@@ -246,15 +290,16 @@ def _pair(name: str, parts: dict, linear: nn.Module, alpha: float | None
         found = f"{key_A!r} {one_line(tuple(A.shape))} and {key_B!r} {one_line(tuple(B.shape))}"
         raise ValueError(f"expected (rank, in) and (out, rank) for a weight {weight}, got {found}; "
                          "check the model size")
-    if "alpha" in parts:
-        key, tensor = parts["alpha"]
-        if tensor.numel() != 1:
-            raise ValueError(f"expected one number in {key!r}, got shape "
-                             f"{one_line(tuple(tensor.shape))}; the file is damaged")
-        alpha = tensor.item()
-        if not math.isfinite(alpha):
-            raise ValueError(f"expected a number in {key!r}, got {alpha}; the file is damaged")
-    return A, B, 1.0 if alpha is None else alpha / rank
+    if "alpha" not in parts:
+        return A, B, _scale(settings, key_A.partition(".lora")[0], rank)
+    key, tensor = parts["alpha"]
+    if tensor.numel() != 1:
+        raise ValueError(f"expected one number in {key!r}, got shape "
+                         f"{one_line(tuple(tensor.shape))}; the file is damaged")
+    alpha = tensor.item()
+    if not math.isfinite(alpha) or alpha == 0:  # kohya reads 0 as the rank, ComfyUI as no strength
+        raise ValueError(f"expected a number but 0 in {key!r}, got {alpha}; the file is damaged")
+    return A, B, alpha / rank
 
 
 # ---------------------------------------------------------------- using one

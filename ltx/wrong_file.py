@@ -107,8 +107,6 @@ def stranger(metadata: dict, names: Iterable[str]) -> str | None:
     config, version = metadata.get("config", {}), metadata.get("model_version", "")
     if other := generation(version, config.get("transformer", {}), names):
         return f"{other}; use {SINGLE_FILE}"
-    if any(name.endswith((".weight_scale", ".scale_weight", ".weight_scale_2")) for name in names):
-        return f"weights packed with scales (an fp8 or fp4 file); use {SINGLE_FILE}, which is bf16"
     if not config and any(name.endswith("embed_tokens.weight") for name in names):
         return ("a text model without a 'config' entry; that is for --gemma-root, "
                 f"use {SINGLE_FILE} here")

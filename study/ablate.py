@@ -140,14 +140,14 @@ def commands(task: Task, args: argparse.Namespace) -> list[list[str]]:
 
 def settings(args: argparse.Namespace) -> dict:
     """What all results of a folder share, files by content. Refuses a folder begun otherwise."""
-    shared = {name: getattr(args, name) for name in SHARED}
-    for option in ("checkpoint_path", *NETWORKS):
+    shared, files = {name: getattr(args, name) for name in SHARED}, ("checkpoint_path", *NETWORKS)
+    for option in files:
         path = getattr(args, option)
         if not path.is_file():
             raise ValueError(f"expected a file for --{option.replace('_', '-')}, got {path}; "
                              "toy.pretrain makes it")
         shared[option] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    return keep_settings(args.folder / "settings.json", shared | {"recipe": DEFAULT})
+    return keep_settings(args.folder / "settings.json", shared | {"recipe": DEFAULT}, files)
 
 
 # ------------------------------------------------------------ running

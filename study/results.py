@@ -41,13 +41,18 @@ def number(value: float) -> float | None:
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
-def keep_settings(path: Path, settings: dict) -> dict:
-    """Note what all results of a folder share, or raise ValueError if another was noted before."""
+def keep_settings(path: Path, settings: dict, files: Sequence[str] = ()) -> dict:
+    """Note what all results of a folder share, or raise ValueError if another was noted before.
+    files: settings that are hashes of files."""
     before = read_json(path) if path.exists() else settings
     for key in settings:
         if before.get(key) != settings[key]:
-            raise ValueError(f"expected {key} = {before.get(key)}, with which {path} was begun, "
-                             f"got {settings[key]}; keep the old one, or choose another --folder")
+            name = f"--{key.replace('_', '-')}"
+            was, now, keep = ((f"the file for {name}", "other content", "give that file")
+                              if key in files else
+                              (f"{key} = {before.get(key)}", settings[key], "keep the old one"))
+            raise ValueError(f"expected {was}, with which {path} was begun, got {now}; {keep}, or "
+                             "choose another --folder")
     if not path.exists():
         write_json(path, settings, indent=1)
     return settings

@@ -131,7 +131,9 @@ def test_finished_runs_are_not_repeated_and_lost_ones_are(networks, tmp_path, mo
     capsys.readouterr()
     (tmp_path / "head").write_text("another head")
     assert ablate.main(line) == 2, "other settings are another folder"
-    assert capsys.readouterr().err.startswith("study.ablate: error: expected head = ")
+    told = capsys.readouterr().err
+    assert told.startswith("study.ablate: error: expected the file for --head, with which ")
+    assert told.endswith(", got other content; give that file, or choose another --folder\n")
 
 
 def test_a_failed_child_is_reported_and_the_others_go_on(networks, tmp_path, monkeypatch, capsys):

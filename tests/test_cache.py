@@ -103,6 +103,40 @@ def test_other_content_of_the_same_size_is_seen_by_its_date(tmp_path):
     assert content_hash(path, known) != first
 
 
+def test_the_hash_of_weights_is_of_the_header_and_the_ends_and_middle_of_each_tensor(tmp_path):
+    """Elsewhere a number may change unseen: that is what 46 GB in seconds cost."""
+    path, tensors = tmp_path / "a.safetensors", {"a": torch.zeros(3), "b": torch.zeros(50_000)}
+
+    def found(at: int | None = None, header: str = "") -> str:
+        changed = {name: tensor.clone() for name, tensor in tensors.items()}
+        if at is not None:
+            changed["b"][at] = 1
+        write_file(path, changed, {"header": header})
+        return content_hash(path, {})
+
+    first = found()
+    others = {found(0), found(25_000), found(49_999), found(header="x")}
+    assert len(others) == 4 and first not in others and found(10_000) == first
+    elsewhere = tmp_path / "folder" / "link"
+    elsewhere.parent.mkdir()
+    elsewhere.symlink_to(path)
+    assert content_hash(elsewhere, {}) == first, "a link of another name"
+    plain = tmp_path / "plain.mp4"
+    plain.write_bytes(bytes(50_000))
+    before = content_hash(plain, {})
+    plain.write_bytes(bytes(20_000) + b"1" + bytes(29_999))
+    assert content_hash(plain, {}) != before, "of any other file all bytes count"
+
+
+def test_references_and_faces_are_hashed_once_for_all_workers(tmp_path, rows):
+    reference, vae = tmp_path / "face.png", Mean()
+    reference.write_bytes(b"a picture")
+    rows = [replace(row, reference=reference) for row in rows]
+    known = cache_latents(rows, vae, vae.encode, tmp_path / "cache").known
+    assert content_hash(reference, dict(known)) in known.values()
+    assert any("face.png" in stamp for stamp in known), "and so it is remembered"
+
+
 def test_a_damaged_cache_file_is_computed_again(tmp_path, rows):
     vae, folder = Mean(), tmp_path / "cache"
     latents = cache_latents(rows, vae, vae.encode, folder)

@@ -11,7 +11,6 @@ import json
 from argparse import Namespace
 from collections import Counter
 from dataclasses import fields, replace
-from pathlib import Path
 
 import clipfiles
 import pytest
@@ -243,17 +242,22 @@ def test_a_clip_of_a_batch_does_not_depend_on_its_neighbours(real):
             assert same, field.name
 
 
-def test_the_fingerprint_changes_with_what_decides_a_step(real):
+def test_the_fingerprint_changes_with_what_decides_a_step_and_not_with_where_it_lies(real,
+                                                                                     tmp_path):
     clips = real[0]
+    for name, content in (("x.png", "one"), ("y.png", "one"), ("z.png", "two")):
+        (tmp_path / name).write_text(content)
+    x, y, z = (tmp_path / name for name in ("x.png", "y.png", "z.png"))
 
     def told(**change) -> str:
         latents = CachedLatents([replace(clips.rows[0], **change), *clips.rows[1:]],
                                 clips.latents.paths)
         return RealClips(latents, clips.contexts, 4, 8).fingerprint()
 
-    marks = [told(), told(caption="else"), told(identity="nobody"), told(reference=Path("x.png")),
-             told(faces=None)]
+    marks = [told(), told(caption="else"), told(identity="nobody"), told(faces=None),
+             told(reference=x), told(reference=z), told(faces=x), told(faces=z)]
     assert marks[0] == clips.fingerprint() and len(set(marks)) == len(marks)
+    assert told(reference=y) == told(reference=x) and told(faces=y) == told(faces=x)
 
 
 # ------------------------------------------------------------ the face on the reference

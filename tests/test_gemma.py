@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_loading import in_float8, matrices, packed
 
 from ltx.checkpoint import TensorFile
 from ltx.gemma import (
@@ -211,7 +212,8 @@ BROKEN_CONFIGS = {
     "expected linear rotary scaling .*, got yarn; ": {"rope_scaling": {"rope_type": "yarn"}},
     "expected the settings of a Gemma 3 in .*; ": {"text_config": 3},
     r"expected model\.layers\.0\.mlp\.\w+\.weight of shape .*; ": {"intermediate_size": 41},
-    "expected .* in .*, got 13 missing; ": {"num_hidden_layers": 8, "layer_types": None},
+    r"expected tensor .*, got none \(13 of 106 missing\); ": {"num_hidden_layers": 8,
+                                                              "layer_types": None},
 }
 
 
@@ -252,7 +254,8 @@ BROKEN_FOLDERS = {
     r"got no file at .*model\.safetensors; ": lambda f: (f / INDEX).unlink(),
     f"expected the 2 files of .*, got no {SHARD}; ": lambda f: (f / SHARD).unlink(),
     f"cut off: .* bytes at .*{SHARD}; ": lambda f: os.truncate(f / SHARD, 5000),
-    r"expected model\..* in .*, got 1 missing; ": lambda f: replace(f / SHARD, None),
+    r"expected tensor model\..*, got none \(1 of 93 missing\); ":
+        lambda f: replace(f / SHARD, None),
     r"of shape \(.*\) in .*, got \(1, 2\); ": lambda f: replace(f / SHARD, torch.ones(1, 2)),
 }
 
@@ -263,3 +266,42 @@ def test_a_broken_folder_gets_one_line(tmp_path):
         load_gemma(folder)
         damage(folder)
         refused(folder, words)
+
+
+# ------------------------------------------------------------ float8
+
+
+@pytest.mark.parametrize("offload", ["none", "disk"])
+@pytest.mark.parametrize("rows", [True, False])
+def test_a_float8_folder_is_read_with_its_scales_also_from_another_file(rows, offload, tmp_path):
+    """The states are those of the same numbers written out in full."""
+    gemma = tiny_gemma(4)
+    save_gemma(tmp_path / "plain", gemma, {})
+    save_gemma(tmp_path, gemma, {})
+    stored = load_file(tmp_path / "model.safetensors")
+    names = matrices(stored, "layers.")
+    eights = in_float8(stored, names, rows)
+    full = {n: eights[n].float() * eights[n.removesuffix("weight") + "weight_scale"] for n in names}
+    save_file(stored | full, tmp_path / "plain" / "model.safetensors")
+    parts = [{n: t for n, t in eights.items() if ("scale" in n) == part} for part in (True, False)]
+    for number, part in enumerate(parts):
+        save_file(part, tmp_path / f"model-{number}.safetensors")
+    where = {name: f"model-{number}.safetensors" for number, part in enumerate(parts)
+             for name in part}
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": where}))
+    ids, mask = left_padded(4, 12, 96)
+    found = states_of(load_gemma(tmp_path, torch.float32, offload=offload), ids, mask)
+    expected = states_of(load_gemma(tmp_path / "plain"), ids, mask)
+    assert len(names) == 49 and torch.equal(found, expected)
+    off = (found - states_of(gemma, ids, mask)).norm() / found.norm()
+    assert off < 0.1, f"{off:.3f}: what float8 costs; without its scales it is 0.39"
+
+
+def test_a_folder_whose_numbers_mean_something_else_is_refused(tmp_path):
+    save_gemma(tmp_path, tiny_gemma(0), {})
+    path = tmp_path / "model.safetensors"
+    stored = load_file(path)
+    first, second, *_ = matrices(stored, "layers.3.self_attn")
+    for tensors, words in packed(stored, first, second).values():
+        save_file(tensors, path)
+        refused(tmp_path, f"{words}.*the whole folder in bf16$")

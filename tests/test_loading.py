@@ -182,7 +182,6 @@ def readable_files(tensors: dict, config: dict) -> dict[str, tuple[dict, dict | 
     captions = {f"{prefix}caption_projection.linear_1.weight": one}
     sound = {f"{prefix}transformer_blocks.0.audio_attn1.to_q.weight": one}
     marker = {f"{prefix}keyframes_abs_pos_embedding": one}
-    packed = {f"{prefix}patchify_proj.weight_scale": one}
     part = {"transformer_blocks.0.attn1.norm_q.weight": one, "proj_in.weight": one + 1}
     absent = f"{prefix}transformer_blocks.1.attn2.k_norm.weight"
     bent = f"{prefix}transformer_blocks.0.ff.net.2.weight"
@@ -204,7 +203,6 @@ def readable_files(tensors: dict, config: dict) -> dict[str, tuple[dict, dict | 
         "0.9 by version": (tensors, header("0.9.7", _class_name=None), "got LTX-Video 0.9, an"),
         "0.9 bare": (captions, None, "got LTX-Video 0.9, an older"),
         "LoRA": ({"diffusion_model.patchify_proj.lora_A.weight": one}, None, "got a LoRA; give"),
-        "fp8": (tensors | packed, header(), "packed with scales"),
         "diffusers part": (part, {"format": "pt"}, "one part of a diffusers folder"),
         "text model": ({"model.embed_tokens.weight": one}, None, "a text model"),
         "bare": (tensors, None, "'config' entry"),
@@ -238,11 +236,11 @@ def broken_files(data: bytes) -> dict[str, tuple[bytes, str]]:
     }
 
 
-def load(path: Path) -> None:
+def load(path: Path, dtype: torch.dtype | None = None) -> VideoTransformer:
     config = read_metadata(path)["config"]
     with shapes_from(path):
         model = VideoTransformer(TransformerConfig.from_checkpoint(config["transformer"]))
-    load_weights(model, path, TRANSFORMER_PREFIX)
+    return load_weights(model, path, TRANSFORMER_PREFIX, dtype)
 
 
 def test_a_wrong_file_gets_one_line_that_says_what_it_is(tiny, tmp_path):
@@ -280,6 +278,136 @@ def test_the_published_file_is_no_stranger():
     assert stranger({"model_version": "2.3.1", "config": config}, names) is None
     for name in ("", "encoder.a"):  # names in which nothing speaks for another model
         assert stranger({"model_version": "a test"}, ["a.weight", name]) is None
+
+
+# ------------------------------------------------------------ float8
+
+
+def to_float8(weight: torch.Tensor, rows: bool, kind: torch.dtype = torch.float8_e4m3fn
+              ) -> tuple[torch.Tensor, torch.Tensor]:
+    """A matrix as the writers of fp8 files store it: the largest number becomes the type's own.
+    rows: a scale for each row (out, 1), else one number ()."""
+    largest = weight.float().abs().amax(1, keepdim=True) if rows else weight.float().abs().max()
+    scale = largest / torch.finfo(kind).max
+    return (weight.float() / scale).to(kind), scale
+
+
+def in_float8(tensors: dict, names: list[str], rows: bool, scale: str = "weight_scale",
+              more: tuple[str, ...] = (), kind: torch.dtype = torch.float8_e4m3fn) -> dict:
+    """The tensors, those of the names as float8 with a scale of that name and `more` beside."""
+    out = dict(tensors)
+    for name in names:
+        stem = name.removesuffix("weight")
+        out[name], out[stem + scale] = to_float8(tensors[name], rows, kind)
+        out |= {stem + other: torch.tensor(0.25) for other in more}
+    return out
+
+
+def matrices(tensors: dict, part: str) -> list[str]:
+    return [name for name, t in tensors.items()
+            if part in name and name.endswith(".weight") and t.ndim == 2]
+
+
+FLOAT8 = {  # who writes it -> how; the official file's names stand in Lightricks/LTX-2's issues
+    "LTX-2.3-fp8": (False, "weight_scale", ("input_scale",)),
+    "ComfyUI": (False, "scale_weight", ("scale_input",)),
+    "ComfyUI, newer": (False, "weight_scale", ("comfy_quant",)),
+    "compressed-tensors": (True, "weight_scale", ()),
+    "e5m2": (True, "weight_scale", (), torch.float8_e5m2),
+}
+
+
+@pytest.mark.parametrize("how", FLOAT8.values(), ids=FLOAT8)
+def test_a_float8_matrix_means_its_numbers_times_its_scale(how, tiny, tmp_path):
+    """Every number comes back within half a step of the type: 3 bits (e5m2: 2) behind the first."""
+    good, path = load_file(tiny / "model.safetensors"), tmp_path / "fp8.safetensors"
+    names, step = matrices(good, "transformer_blocks"), 2**-3 if torch.float8_e5m2 in how else 2**-4
+    header = {"config": json.dumps(read_metadata(tiny / "model.safetensors")["config"])}
+    save_file(in_float8(good, names, *how) | {"scaled_fp8": torch.zeros(2)}, path, header)
+    model = load(path)
+    assert len(names) == 24 and load_file(path)[names[0]].dtype.itemsize == 1
+    for name, found in model.state_dict().items():
+        wanted = good[TRANSFORMER_PREFIX + name]
+        if TRANSFORMER_PREFIX + name in names:
+            error, largest = (found - wanted).abs(), wanted.abs().amax(1, keepdim=True)
+            assert (error <= step * wanted.abs() + 1e-4 * largest).all() and error.max() > 0, name
+        else:
+            assert torch.equal(found, wanted), name
+
+
+def test_float8_without_a_scale_means_itself(tiny, tmp_path):
+    good, path = load_file(tiny / "model.safetensors"), tmp_path / "fp8.safetensors"
+    eights = {n: t.to(torch.float8_e4m3fn) for n, t in good.items() if n.startswith("model.")}
+    header = {"config": json.dumps(read_metadata(tiny / "model.safetensors")["config"])}
+    save_file(good | eights, path, header)
+    for name, found in load(path, torch.float32).state_dict().items():
+        assert torch.equal(found, eights[TRANSFORMER_PREFIX + name].float()), name
+
+
+def test_a_changed_copy_of_a_float8_file_has_no_scale_beside_other_numbers(tiny, tmp_path):
+    good, base = load_file(tiny / "model.safetensors"), tmp_path / "fp8.safetensors"
+    names = matrices(good, "transformer_blocks.0.ff")
+    header = {"config": json.dumps(read_metadata(tiny / "model.safetensors")["config"])}
+    save_file(in_float8(good, names, *FLOAT8["LTX-2.3-fp8"]), base, header)
+    save_changed(tmp_path / "copy", base, {names[0]: good[names[0]]}, {})
+    again = load_file(tmp_path / "copy")
+    assert set(again) == set(good) | {names[1].removesuffix("weight") + end
+                                      for end in ("weight_scale", "input_scale")}
+    first = load(tmp_path / "copy").state_dict()[names[0].removeprefix(TRANSFORMER_PREFIX)]
+    assert torch.equal(first, good[names[0]])
+
+
+def packed(tensors: dict, name: str, other: str) -> dict[str, tuple[dict, str]]:
+    """Matrices whose numbers mean something we do not read: by whom -> tensors, words of the line.
+    other: a second matrix."""
+    stem, w, rest = name.removesuffix("weight"), tensors[name], dict(tensors)
+    del rest[name]
+    eight, scale = to_float8(w, rows=False)
+    half = torch.zeros(len(w), w.shape[1] // 2, dtype=torch.uint8)
+    one, blocks = torch.ones(()), torch.full((len(w), w.shape[1] // 8), 127, dtype=torch.uint8)
+
+    def also(more: str, numbers: torch.Tensor, *names: str) -> tuple[dict, str]:
+        return rest | {name: numbers} | {more_name: one + i for i, more_name in enumerate(
+            (more, *names))}, f"got also {more}; use "
+
+    scaled = {name: eight, f"{stem}weight_scale": scale}
+    return {
+        "a scale that is perhaps inverse": also(f"{stem}weight_scale_inv", eight),
+        "a scale beside bf16": also(f"{stem}weight_scale", w.bfloat16()),
+        "int8": also(f"{stem}weight_scale", w.to(torch.int8)),
+        "bitsandbytes, 8 bits": also(f"{stem}SCB", w.to(torch.int8)),
+        "bitsandbytes, 4 bits": also(f"{name}.absmax", half.reshape(-1, 1)),
+        "smoothed": (rest | scaled | {f"{stem}pre_quant_scale": one},
+                     f"got also {stem}pre_quant_scale; "),
+        "not from zero": (rest | scaled | {f"{stem}weight_zero_point": one},
+                          f"got also {stem}weight_zero_point; "),
+        "nvfp4": (rest | {name: half, f"{stem}weight_scale_2": one}, f"also {stem}weight_scale_2"),
+        "two scales": (rest | scaled | {f"{stem}scale_weight": one}, f"also {stem}scale_weight; "),
+        "blocks": (rest | scaled | {f"{stem}weight_scale": torch.ones(2, 2)},
+                   f"each row, in {stem}weight_scale of "),
+        "columns": (rest | scaled | {f"{stem}weight_scale": torch.ones(1, w.shape[1])},
+                    f"each row, in {stem}weight_scale of "),
+        "mxfp8": (rest | scaled | {f"{stem}weight_scale": blocks[:, :1].contiguous()},
+                  f"floating-point numbers in {stem}weight_scale of "),
+        "one of two": (rest | scaled | {other: tensors[other].to(torch.float8_e4m3fn)},
+                       f"a scale beside {other} in "),
+        "compressed-tensors, 4 bits": (rest | {f"{stem}weight_packed": half},
+                                       f"{name} in .*, got {stem}weight_packed, numbers packed"),
+        "GPTQ": (rest | {f"{stem}qweight": half}, f"{name} in .*, got {stem}qweight, numbers"),
+        "quanto": (rest | {f"{name}._data": half}, f"{name} in .*, got {name}._data, numbers"),
+        "torchao": (rest | {f"{name}:qdata": half}, f"{name} in .*, got {name}:qdata, numbers"),
+    }
+
+
+def test_numbers_that_mean_something_else_are_refused(tiny, tmp_path):
+    good, path = load_file(tiny / "model.safetensors"), tmp_path / "packed.safetensors"
+    first, second = matrices(good, "transformer_blocks.0.ff")
+    header = {"config": json.dumps(read_metadata(tiny / "model.safetensors")["config"])}
+    for who, (tensors, words) in packed(good, first, second).items():
+        save_file(tensors, path, header)
+        with pytest.raises(ValueError, match=f"^expected .*{words}.*{checkpoint.SINGLE_FILE}$"):
+            load(path)
+            pytest.fail(who)
 
 
 # ------------------------------------------------------------ memory

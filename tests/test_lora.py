@@ -4,6 +4,7 @@ what was trained, Diffusers agrees with us, and files that do not fit are refuse
 Hardware: CPU, seconds. Command: python -m pytest tests/test_lora.py
 """
 
+import json
 import warnings
 
 import pytest
@@ -117,6 +118,7 @@ SPELLINGS = {
     "peft": (lambda n: "base_model.model." + n, "lora_A", "lora_B"),
     "peft in memory": (lambda n: "base_model.model." + to_diffusers(n), "lora_A.default",
                        "lora_B.default"),
+    "peft in diffusers": (to_diffusers, "lora_A.default", "lora_B.default"),
     "comfyui": (lambda n: "diffusion_model." + n, "lora_down", "lora_up"),
     "kohya": (to_kohya, "lora_down", "lora_up"),
     "kohya, diffusers": (lambda n: to_kohya(to_diffusers(n)), "lora_down", "lora_up"),
@@ -147,8 +149,87 @@ def test_every_spelling_of_one_lora_gives_the_same_output(tmp_path):
         for alpha, how, bound in ((None, loaded, 0), (1.5, loaded, 1e-5),
                                   (1.5, while_loading, 1e-5)):
             save_file(respell(state, spelling, alpha), path)
+            # PEFT's settings mean a scale of 1 here; beside files of others they are not read
+            write_settings(tmp_path, {"lora_alpha": 3 if "peft" in spelling else 99, "r": 3})
             found = relative(how((path, 1.0))(**batch), expected)
             assert found <= bound, (spelling, alpha, found)  # 1e-5: float32 rounding
+
+
+# ---------------------------------------------------------------- PEFT, with its settings beside
+
+
+def write_settings(folder, settings: object) -> None:
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+
+
+PEFT_KEYS = ["base_model.model.{}.weight", "{}.default.weight"]  # as it saves, as it holds them
+
+
+def peft_file(folder, settings: object, spelled: str = PEFT_KEYS[0]):
+    """A LoRA of one linear, rank 3, with PEFT's names and perhaps settings; returns its path."""
+    stem, path = "transformer_blocks.1.attn2.to_k.", folder / "adapter.safetensors"
+    shapes = {"lora_A": (3, SMALL.dim), "lora_B": (SMALL.dim, 3)}
+    save_file({spelled.format(stem + part): torch.randn(s) for part, s in shapes.items()}, path)
+    if isinstance(settings, dict):
+        settings = {"peft_type": "LORA", "bias": "none", "use_dora": False} | settings
+    if settings is not None:
+        write_settings(folder, settings)
+    return path
+
+
+@pytest.mark.parametrize(("settings", "scale"), [
+    ({"lora_alpha": 12, "r": 3}, 12 / 3),
+    ({"lora_alpha": 12, "r": 3, "use_rslora": True}, 12 / 3**0.5),
+    ({"lora_alpha": 12, "r": 8, "rank_pattern": {"to_k": 3}}, 12 / 3),
+    ({"lora_alpha": 12, "r": 3, "alpha_pattern": {"to_q": 5, "attn2.to_k": 6, "to_k": 7}}, 6 / 3),
+    ({"lora_alpha": 12, "r": 3, "alpha_pattern": {"tn2.to_k": 5}}, 12 / 3),
+    ({"lora_alpha": 12, "r": 3, "alpha_pattern": {"transformer_blocks.1.attn2.to_k": 1},
+      "use_rslora": True}, 1 / 3**0.5),
+    ({"lora_alpha": 12, "init_lora_weights": "gaussian", "target_modules": ["to_k"]}, 12 / 3),
+])
+def test_the_strength_of_a_peft_adapter_is_that_of_its_settings(settings, scale, tmp_path):
+    for spelled in PEFT_KEYS:
+        path = peft_file(tmp_path, settings, spelled)
+        ((_, _, found),) = lora.read_lora(path, build()).pairs.values()
+        assert found == pytest.approx(scale, rel=1e-6), spelled
+
+
+@pytest.mark.parametrize(("settings", "words"), [
+    (None, "PEFT's adapter_config.json .*, got none, and no alpha .*attn2.to_k'; put"),
+    ({"r": 3}, "settings in .*adapter_config.json, got no 'lora_alpha'; "),
+    ({"lora_alpha": 12, "r": 8}, r"rank out of \{8\} .*, got 3 for .*attn2.to_k'; "),
+    ({"lora_alpha": 12, "use_dora": True}, "got use_dora = True in "),
+    ({"lora_alpha": 12, "bias": "all"}, "got bias = all in "),
+    ({"lora_alpha": 12, "fan_in_fan_out": True}, "got fan_in_fan_out = True in "),
+    ({"lora_alpha": 12, "init_lora_weights": "pissa_niter_4"}, "got init_lora_weights = pissa_"),
+    ({"lora_alpha": 12, "peft_type": "LOHA"}, "got peft_type = LOHA in "),
+    ({"lora_alpha": 12, "of_another_year": {"a": 1}}, "got of_another_year = .* in "),
+    ({"lora_alpha": 12, "alpha_pattern": {".*to_k": 5}}, "got alpha_pattern = .* in "),
+    ({"lora_alpha": 12, "alpha_pattern": {"to_k": float("inf")}}, "a number for to_k in .* inf"),
+    ([1], "JSON with PEFT's settings in .*adapter_config.json, got "),
+])
+def test_a_peft_adapter_that_is_more_than_two_matrices_is_refused(settings, words, tmp_path):
+    path = peft_file(tmp_path, settings)
+    with pytest.raises(ValueError, match=f"^expected .*{words}[^\n]*$"):
+        lora.read_lora(path, build())
+
+
+@pytest.mark.parametrize("more", [
+    {}, {"use_rslora": True},
+    {"rank_pattern": {"attn1.to_q": 2}, "alpha_pattern": {"attn2.to_q": 3, "ff.net.2": 11}},
+], ids=["plain", "rank-stabilised", "patterns"])
+def test_a_peft_adapter_equals_pefts_own_merge(more, tmp_path):
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(r=4, lora_alpha=16, target_modules=["to_q", "to_out.0", "ff.net.2"],
+                               **more)
+    adapted, batch = peft.get_peft_model(build(), settings), inputs()
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.1)
+    adapted.save_pretrained(tmp_path)
+    expected = adapted.merge_and_unload()(**batch)
+    assert relative(build()(**batch), expected) > 0.1, "or the comparison would mean nothing"
+    assert relative(loaded((tmp_path / "adapter_model.safetensors", 1.0))(**batch), expected) < 1e-5
 
 
 AUDIO = [
@@ -288,14 +369,16 @@ def test_a_lora_saved_by_diffusers_with_alpha_in_its_header_gives_the_same_outpu
 
 Q = "diffusion_model.transformer_blocks.0.attn1.to_q."
 OTHERS = {f"diffusion_model.x{i}.lora_A.weight": torch.zeros(1) for i in range(5)}
-HEADERS = {"use_rslora in": '{"lora_alpha": 4, "use_rslora": true}',
-           "use_dora in": '{"transformer.use_dora": true}',
-           "JSON in 'lora_adapter_metadata'": '{"lora_alpha": "much"}'}
+HEADERS = {"use_dora = True in": '{"lora_alpha": 4, "transformer.use_dora": true}',
+           "settings in 'lora_adapter_metadata', got could": '{"lora_alpha": "much"}',
+           "settings in 'lora_adapter_metadata', got no 'lora_alpha'": "{}",
+           "a number for lora_alpha in .*, got nan": '{"lora_alpha": NaN}'}
 BROKEN = {
     "x0.*x1.*x2.* and 2 more; ": lambda s: s | OTHERS,
     "dora_scale": lambda s: s | {Q + "dora_scale": torch.zeros(1)},
     r"one number in .*to_q.alpha.*\(2,\)": lambda s: s | {Q + "alpha": torch.ones(2)},
-    "a number in .*to_q.alpha.*nan": lambda s: s | {Q + "alpha": torch.tensor(torch.nan)},
+    "a number but 0 in .*to_q.alpha.*nan": lambda s: s | {Q + "alpha": torch.tensor(torch.nan)},
+    "a number but 0 in .*to_q.alpha.*0.0": lambda s: s | {Q + "alpha": torch.tensor(0.0)},
     "proj_out.alpha' without": lambda s: s | {"diffusion_model.proj_out.alpha": torch.ones(())},
     "to_q.lora_B.weight' without": lambda s: {k: s[k] for k in s if k != Q + "lora_A.weight"},
     r"\(24, 24\).*\(3, 5\).*\(24, 3\)": lambda s: s | {Q + "lora_A.weight": torch.zeros(3, 5)},

@@ -387,13 +387,58 @@ def test_stopped_while_preparing_it_says_so_in_one_line(bench, tmp_path, number,
     assert not (tmp_path / "out").exists() and not list((tmp_path / "cache").glob("*.partial"))
 
 
+# ------------------------------------------------------------ the same files, elsewhere or changed
+
+
+def rewrite(path: Path, name: str) -> None:
+    """One number of a weights file, other than it was."""
+    tensors, metadata = load_file(path), raw_metadata(path)
+    tensors[name].view(-1)[0] += 1
+    write_file(path, tensors, metadata)
+
+
+def test_a_run_goes_on_with_moved_files_and_not_with_other_ones(
+    bench, tmp_path, monkeypatch, capsys
+):
+    """Everything is copied elsewhere and given through relative paths and a link. Then each file in
+    turn holds something else under its old name."""
+    home, out = tmp_path / "home", tmp_path / "out"
+    for name in ("tiny", "clips"):
+        shutil.copytree(bench / name, home / name)
+    shutil.copy(bench / "face.safetensors", home)
+    assert command(words(bench, out, "--steps", 2)) == 0
+    (home / "link").symlink_to("tiny/model.safetensors")
+    monkeypatch.chdir(home)
+    moved = ["--manifest", "clips/manifest.jsonl", "--gemma-root", "tiny/gemma", "--root", "clips",
+             "--checkpoint-path", "link", "--face", "face.safetensors"]
+    arguments = [*words(bench, out), *moved, "--offload-text", "cpu", "--steps"]
+    capsys.readouterr()
+    assert command([*arguments, "3"]) == 0
+    assert told(capsys.readouterr().err) == [] and log_of(out)[-1]["step"] == 3
+    faces = next((home / "clips").rglob("*.json"))
+    changes = {
+        "checkpoint": lambda: rewrite(home / "tiny/model.safetensors", PREFIX + "proj_out.bias"),
+        "text model": lambda: rewrite(home / "tiny/gemma/model.safetensors", "model.norm.weight"),
+        "recogniser": lambda: rewrite(home / "face.safetensors", "fc.bias"),
+        "clips": lambda: faces.write_text(faces.read_text() + " "),
+    }
+    for what, change in reversed(changes.items()):  # the last one is looked at last
+        change()
+        assert command([*arguments, "4"]) == 2, what
+        (line,) = told(capsys.readouterr().err)
+        assert f"expected the {what} with which the run in {out} was begun (then " in line, line
+        assert line.endswith("; give that again, or choose another --out"), line
+    assert max(path.name for path in out.glob("state*")) == "state-00000003.safetensors"
+
+
 # ------------------------------------------------------------ bad numbers, full disks
 
 
 @pytest.fixture
-def spoilt(bench, tmp_path):
+def spoilt(bench, tmp_path, monkeypatch):
     """A copy of the checkpoint, trained on for two steps, in which one weight is then no number
-    any more."""
+    any more; its content is not looked at."""
+    monkeypatch.setattr(train, "identity", lambda path: "the same")
     checkpoint, out = tmp_path / "model.safetensors", tmp_path / "out"
     shutil.copy(bench / "tiny" / "model.safetensors", checkpoint)
     assert command(words(bench, out, "--steps", 2, checkpoint=checkpoint)) == 0

@@ -82,6 +82,29 @@ def test_other_settings_and_another_model_are_refused(tmp_path):
         Run(tmp_path, other, MuonAdamW({}, other), EMA(other))
 
 
+def test_files_are_told_by_what_they_hold_and_not_by_where_they_lie(tmp_path, capsys):
+    named = {"w": nn.Parameter(torch.zeros(2))}
+
+    def begin(settings: dict) -> Run:
+        return Run(tmp_path, named, MuonAdamW({}, named), EMA(named), settings)
+
+    old = {"checkpoint": "/old/a.safetensors", "clips": "0123456789abcdef", "lr": 1}
+    begin(old).save()  # as before contents were noted
+    begin({"lr": 1})
+    now = {"lr": 1, "content": {"checkpoint": ["12ab", "b.safetensors"], "clips": ["3", "c.csv"]}}
+    begin(now).save()
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "warning: " in told and "with those given now" in told
+    moved = {"checkpoint": ["12ab", "elsewhere/b"], "clips": ["3", "d.csv"], "more": ["4", "e"]}
+    begin(now | {"content": moved})
+    assert capsys.readouterr().err == ""
+    for what, where in (("checkpoint", "b.safetensors"), ("clips", "c.csv")):
+        other = now["content"] | {what: ["99", where]}
+        with pytest.raises(ValueError, match=f"^expected the {what} with which the run in .* was "
+                           rf"begun \(then {where}\), got other content in {where}; give .*--out$"):
+            begin(now | {"content": other})
+
+
 def test_a_state_that_is_no_number_never_replaces_a_good_one(tmp_path):
     run, _ = toy_run(tmp_path, minutes=0, keep=1)
     with torch.no_grad():

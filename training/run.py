@@ -88,7 +88,8 @@ class Run:
     `save_seconds`, at the end, when `minutes` are over, and on Ctrl-C or SIGTERM; the same command
     goes on where it stopped. Everything random in a step must come from `seeded(seed, step, ...)`.
 
-    settings: what must not change on the way (JSON-able); other ones raise ValueError.
+    settings: what must not change on the way (JSON-able); other ones raise ValueError. Among them
+    "content": which file -> [hash of what it holds, where it lies], of which the hash counts.
     """
 
     def __init__(self, folder: str | Path, model: dict[str, Tensor], optimizer: MuonAdamW,
@@ -124,11 +125,7 @@ class Run:
             break
         else:
             return
-        for key, old in info.get("settings", {}).items():
-            if key in self.settings and self.settings[key] != old:
-                raise ValueError(f"expected {key} = {old!r}, with which the run in {self.folder} "
-                                 f"was begun, got {self.settings[key]!r}; go on with the old "
-                                 "value, or choose another folder")
+        self.compare(info.get("settings", {}))
         mine = {f"model.{k}": p for k, p in self.model.items()}
         mine |= {f"ema.{k}": p for k, p in self.ema.shadow.items()}
         for name, p in mine.items():  # all are checked before the first is changed
@@ -140,6 +137,23 @@ class Run:
         self.optimizer.load(tensors)
         self.done, self.seconds = info["step"], info["seconds"]
         self.forget_later_lines()
+
+    def compare(self, before: dict) -> None:
+        """Raise ValueError when a setting, or what a file holds, is not as it was."""
+        for key, old in before.items():
+            if key != "content" and key in self.settings and self.settings[key] != old:
+                raise ValueError(f"expected {key} = {old!r}, with which the run in {self.folder} "
+                                 f"was begun, got {self.settings[key]!r}; go on with the old "
+                                 "value, or choose another folder")
+        contents, now = before.get("content"), self.settings.get("content", {})
+        if now and contents is None and self.rank == 0:
+            print(f"warning: the run in {self.folder} was begun before files were told by content; "
+                  "it goes on with those given now", file=sys.stderr)
+        for what, (old, where) in (contents or {}).items():
+            if what in now and now[what][0] != old:
+                raise ValueError(f"expected the {what} with which the run in {self.folder} was "
+                                 f"begun (then {where}), got other content in {now[what][1]}; give "
+                                 "that again, or choose another --out")
 
     def save(self) -> None:
         """Write the state; every process takes part, because each holds only its shards.

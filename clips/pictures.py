@@ -103,7 +103,7 @@ def _eight_bits(image):
     else:
         white = 2 ** min(16, tags.get(BITS, [16])[0]) - 1  # Pillow leaves 12 bits where they are
         known = high <= white
-    if not (low >= 0 and known):  # False for NaN, too
+    if low < 0 or not known:  # as NaN
         raise ValueError(f"grey numbers from {low:g} to {high:g}, and no telling which is white; "
                          "save it with 8 or 16 bits")
     numbers[numbers == image.info.pop("transparency", -1)] = white

@@ -299,7 +299,8 @@ def test_the_modes_of_pngs_are_right_to_the_level(tmp_path):
     half = deep[90] * 8 + deep[40] * 8
     pair = lambda a, b: (deep[90] + deep[a]) * 8 + (deep[40] + deep[b]) * 8  # noqa: E731
     for depth, kind, row, chunks, left, right in (
-            (16, 0, half, {}, 90, 40), (16, 0, half, {"tRNS": deep[90]}, 255, 40),
+            (16, 0, half, {}, 90, 40),
+            (16, 0, 8 * b"\x5a\1" + 8 * deep[40], {"tRNS": b"\x5a\1"}, 255, 40),
             (16, 4, pair(0, 255), {}, 255, 40), (8, 0, bytes(8 * [90] + 8 * [40]), {}, 90, 40),
             (8, 0, bytes(8 * [90] + 8 * [40]), {"tRNS": b"\0\x28"}, 90, 255),
             (8, 4, bytes(8 * [90, 255] + 8 * [40, 0]), {}, 90, 255),

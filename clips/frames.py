@@ -142,7 +142,7 @@ class Frame:
         # Files often leave the colour matrix unsaid; players then take BT.709 for HD, BT.601 below.
         unsaid = self.source.colorspace == 2 and self.source.height >= 720
         rgb = self.source.to_ndarray(format="rgb24", src_colorspace="ITU709" if unsaid else None)
-        if profile := self.source.side_data.get("ICC_PROFILE"):  # of HEIC and AVIF pictures
+        if profile := self.source.side_data.get("ICC_PROFILE"):  # of HEIC pictures, films of JPEGs
             rgb = np.asarray(to_srgb(Image.fromarray(rgb), bytes(profile), "a frame"))
         return np.ascontiguousarray(np.rot90(rgb, round(self.source.rotation / 90) % 4))
 

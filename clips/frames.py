@@ -142,7 +142,7 @@ class Frame:
         # Files often leave the colour matrix unsaid; players then take BT.709 for HD, BT.601 below.
         unsaid = self.source.colorspace == 2 and self.source.height >= 720
         rgb = self.source.to_ndarray(format="rgb24", src_colorspace="ITU709" if unsaid else None)
-        if profile := self.source.side_data.get("ICC_PROFILE"):  # of HEIC pictures, films of JPEGs
+        if profile := _profile(self.source):
             rgb = np.asarray(to_srgb(Image.fromarray(rgb), bytes(profile), "a frame"))
         return np.ascontiguousarray(np.rot90(rgb, round(self.source.rotation / 90) % 4))
 
@@ -151,6 +151,14 @@ class Frame:
         x = torch.from_numpy(self.pixels().copy()).permute(2, 0, 1)[None]           # (1, 3, h, w)
         x = nnf.interpolate(x, (crop.rows, crop.columns), mode="bilinear", antialias=True)
         return x[0, :, crop.top :, crop.left :][:, : bucket.height, : bucket.width]
+
+
+def _profile(frame):
+    """The ICC profile of a HEIC picture or a film of JPEGs, None where there is none."""
+    try:
+        return frame.side_data.get("ICC_PROFILE")
+    except ValueError:  # beside notes of a kind that PyAV has no name for (Exif): it shows nothing
+        return None
 
 
 def _undecodable(path, told):

@@ -484,7 +484,7 @@ MUTANTS: list[Mutant] = [
     Mutant("clips/frames.py", "round(self.source.rotation / 90) % 4",
            "-round(self.source.rotation / 90) % 4", "tests/test_frames.py"),
     Mutant("clips/frames.py", '"ITU709" if unsaid else None', "None", "tests/test_frames.py"),
-    Mutant("clips/frames.py", 'self.source.side_data.get("ICC_PROFILE")', "None",
+    Mutant("clips/frames.py", "if profile := _profile(self.source):", "if profile := None:",
            "tests/test_pictures.py"),
     Mutant("clips/pictures.py", "ImageOps.exif_transpose(_eight_bits(image))",
            "_eight_bits(image).copy()", "tests/test_pictures.py"),

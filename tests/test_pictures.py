@@ -17,7 +17,7 @@ from clipfiles import manifest, write
 from PIL import Image
 
 from clips import pictures
-from clips.frames import Bucket, Unusable, load_clip, parse_buckets, probe
+from clips.frames import Bucket, Unusable, decode, load_clip, parse_buckets, probe
 from clips.manifest import check, draw_reference
 from clips.pictures import load_canvas, open_picture
 
@@ -177,6 +177,14 @@ def test_every_entrance_reads_the_same_picture(tmp_path, capsys):
             found = (read[:, 16, 8] + 1) * 127.5
             assert (found - torch.tensor(SKIN)).abs().max() <= 2.01, (ending, found)
     assert "warning" not in capsys.readouterr().out
+
+
+def test_notes_that_hide_a_profile_from_pyav_do_not_cost_the_picture(tmp_path):
+    notes = Image.Exif()
+    notes[0x0112] = 1
+    striped(stored(P3)).save(tmp_path / "a.mjpeg", "JPEG", icc_profile=screen(P3), exif=notes)
+    (frame,) = decode(tmp_path / "a.mjpeg")
+    assert np.abs(frame.pixels()[16, 8].astype(int) - stored(P3)[0]).max() < 5
 
 
 @pytest.mark.parametrize("ending", ["jpg", "tif"])

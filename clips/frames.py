@@ -25,8 +25,7 @@ Read next: clips/manifest.py
 
 import math
 import re
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -37,31 +36,17 @@ import av
 import numpy as np
 import torch
 import torch.nn.functional as nnf
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from common.cli import warn
-from common.files import one_line
-from reference import letterbox
+from clips.pictures import MOST_PIXELS, Unusable, open_picture, to_srgb
 
 DEFAULT_BUCKETS = "512x768x121,768x512x121,512x768x1,768x512x1"  # LTX-2.3's size, also upright
-FORMAT = 1          # of cached files and of decoding; a change here makes every cached latent new
+FORMAT = 2          # of cached files and of decoding; a change here makes every cached latent new
 MAX_ENLARGE = 1.1   # our reading: 1080 rows for a bucket of 1088 cannot be seen, more teaches blur
 TIE = 0.0015        # seconds; two frames are equally near up to rounded timestamps (Matroska: 1 ms)
 ROUNDING = 0.05     # of a frame; n frames whose timestamps were rounded are still n frames
-MOST_PIXELS = 178_956_970  # of a frame; Pillow's limit. A header of 100 bytes can announce any size
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
-# What a picture may hold, whatever its name says; for other kinds Pillow may start a program.
-SMALL = 16  # our reading: pixels; no face can be told from another below
-PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
-
-
-class Unusable(ValueError):
-    """A row or clip that cannot be used: `reason`, a few words to count by, and what was found."""
-
-    def __init__(self, reason: str, detail: object):
-        self.reason, self.detail = reason, one_line(detail, 400)
-        super().__init__(f"{self.reason}: {self.detail}")
 
 
 # ------------------------------------------------------------ buckets
@@ -153,11 +138,12 @@ class Frame:
     def pixels(self) -> np.ndarray:
         """RGB, upright, (h, w, 3) uint8; pixels that are not square are not stretched yet."""
         if isinstance(self.source, Image.Image):
-            canvas = letterbox(self.source, self.height, self.width)  # same size: RGB on white
-            return ((canvas + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+            return np.asarray(self.source)
         # Files often leave the colour matrix unsaid; players then take BT.709 for HD, BT.601 below.
         unsaid = self.source.colorspace == 2 and self.source.height >= 720
         rgb = self.source.to_ndarray(format="rgb24", src_colorspace="ITU709" if unsaid else None)
+        if profile := _profile(self.source):
+            rgb = np.asarray(to_srgb(Image.fromarray(rgb), bytes(profile), "a frame"))
         return np.ascontiguousarray(np.rot90(rgb, round(self.source.rotation / 90) % 4))
 
     def resized(self, crop: Crop, bucket: Bucket) -> Tensor:
@@ -167,46 +153,22 @@ class Frame:
         return x[0, :, crop.top :, crop.left :][:, : bucket.height, : bucket.width]
 
 
+def _profile(frame):
+    """The ICC profile of a HEIC picture or a film of JPEGs, None where there is none."""
+    try:
+        return frame.side_data.get("ICC_PROFILE")
+    except ValueError:  # beside notes of a kind that PyAV has no name for (Exif): it shows nothing
+        return None
+
+
 def _undecodable(path, told):
     return Unusable("cannot be decoded", f"{path.name}: {told}")
 
 
-def open_picture(path: Path) -> Image.Image:
-    """A picture, read to its end, turned upright (EXIF); an animation's first. Raises Unusable."""
-    if not path.is_file():  # also keeps pipes and devices from being read
-        raise Unusable("missing file", f"a folder at {path}" if path.is_dir() else path)
-    Image.init()
-    formats = [name for name in PICTURES if name in Image.OPEN]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # broken camera notes, large photos below the limit
-            with Image.open(path, formats=formats) as image:
-                picture = ImageOps.exif_transpose(image)  # a copy, hence read to its end
-    except Exception as error:  # decoders raise nearly every type there is on damaged files
-        raise _undecodable(path, error) from None
-    # Turned already; what damaged notes say is not asked a second time (reference.letterbox would).
-    picture.info = {key: told for key, told in picture.info.items() if key == "transparency"}
-    return picture
-
-
-def load_canvas(path: Path, height: int, width: int) -> Tensor:
-    """A reference of the user's on a canvas of the video's size, (3, h, w) in [-1, 1].
-
-    Raises ValueError, one line that says what to do.
-    """
-    if not path.is_file():
-        got = "a folder" if path.is_dir() else "no such file"
-        raise ValueError(f"expected a picture at {path}, got {got}; check --ref")
-    try:
-        image = open_picture(path)
-        canvas = letterbox(image, height, width)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"expected a readable picture at {path}, got "
-                         f"{getattr(error, 'detail', error)}; save it as PNG or JPEG, not huge"
-                         ) from error
-    if min(image.size) < SMALL:
-        warn(f"the reference has {image.width}x{image.height} pixels, too few to show a face")
-    return canvas
+def decode_still(path: Path) -> Iterator[Frame]:
+    """A picture file, whatever its ending, as a clip of one frame. Raises Unusable."""
+    image = open_picture(path)
+    yield Frame(0.0, 0.0, image.height, image.width, image)
 
 
 def decode(path: Path) -> Iterator[Frame]:
@@ -217,8 +179,7 @@ def decode(path: Path) -> Iterator[Frame]:
     """
     path = Path(path)
     if path.suffix.lower() in IMAGES and path.is_file() and path.stat().st_size:
-        image = open_picture(path)
-        yield Frame(0.0, 0.0, image.height, image.width, image)
+        yield from decode_still(path)
         return
     with _opened(path) as (container, stream):
         yield from _decode_stream(container, stream, path)
@@ -378,10 +339,10 @@ class Probe:
         return 1 if len(self.times) == 1 else max(1, several)
 
 
-def probe(path: Path) -> Probe:
+def probe(path: Path, look: Callable[[Path], Iterator[Frame]] = decode) -> Probe:
     """Decode a clip to its end, keeping no pixels. Raises Unusable as `decode` does."""
     times, size = [], None
-    for frame in decode(path):
+    for frame in look(path):
         size = size or (frame.height, frame.width)
         times.append(frame.time)
         seconds = frame.end

@@ -181,7 +181,11 @@ class Frame:
 def _display(frame):
     """How the stored picture is shown: whether rows become columns, and then the direction of the
     columns and of the rows, 1 or -1. Phones turn, selfie cameras mirror."""
-    matrix = frame.side_data.get("DISPLAYMATRIX")
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # beside notes of a kind that PyAV has no name for (Exif): only the angle
+        quarter = round(frame.rotation / 90) % 4
+        return quarter % 2 == 1, -1 if quarter in (2, 3) else 1, -1 if quarter in (1, 2) else 1
     if matrix is None:
         return False, 1, 1
     # A point (x, y) is shown at (a x + c y, b x + d y).

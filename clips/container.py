@@ -56,8 +56,9 @@ def is_still(path: Path) -> bool:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # large photos below Pillow's limit
         with Image.open(path, formats=[name for name in PICTURES if name in Image.OPEN]) as image:
-            count, kind = getattr(image, "n_frames", 1), image.format
-    if count > 1 and kind in ("WEBP", "TIFF"):
+            count, kind, mode = getattr(image, "n_frames", 1), image.format, image.mode
+    # FFmpeg plays AVIF without what is transparent, and the others not at all.
+    if count > 1 and (kind in ("WEBP", "TIFF") or (kind, mode) == ("AVIF", "RGBA")):
         raise ValueError(f"{count} pictures in one {kind}; save it as a video, or one of them")
     return count == 1
 

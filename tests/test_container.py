@@ -4,6 +4,7 @@ Files are made here with PyAV and Pillow; where ffprobe is installed it counts t
 Hardware: CPU, seconds. Run: python -m pytest tests/test_container.py
 """
 
+import io
 import random
 import shutil
 import struct
@@ -22,9 +23,11 @@ from clips.frames import Unusable, decode, frame_at, probe
 # ------------------------------------------------------------ a still or a clip
 
 
-def animation(path: Path, kind: str, count: int = 6, **more) -> Path:
-    first, *rest = [Image.new("RGB", (32, 24), (grey(5 * k),) * 3) for k in range(count)]
-    first.save(path, kind, save_all=True, append_images=rest, duration=80, **more)
+def animation(path: Path, kind: str, count: int = 6, mode: str = "RGB") -> Path:
+    """Grey pictures of 80 ms; RGBA: half transparent."""
+    first, *rest = [Image.new(mode, (32, 24), (*(grey(5 * k),) * 3, 128)[: len(mode)])
+                    for k in range(count)]
+    first.save(path, kind, save_all=True, append_images=rest, duration=80)
     return path
 
 
@@ -40,12 +43,13 @@ def test_an_animation_is_a_clip_whatever_it_is_called(tmp_path, kind, name):
     assert np.array_equal(frame_at(path, found.times, 4).pixels(), every[4].pixels())
 
 
-@pytest.mark.parametrize("kind", ["WEBP", "TIFF"])
-def test_several_pictures_that_are_no_clip_here_are_refused_and_never_one_still(tmp_path, kind):
-    path = animation(tmp_path / "a.png", kind)
+@pytest.mark.parametrize("kind, mode", [("WEBP", "RGB"), ("TIFF", "RGB"), ("AVIF", "RGBA")])
+def test_several_pictures_that_are_no_clip_here_are_refused_and_never_one_still(
+        tmp_path, kind, mode):
+    path = animation(tmp_path / "a.png", kind, mode=mode)
     with pytest.raises(Unusable, match=f"^cannot be decoded: a.png: 6 pictures in one {kind}; sav"):
         probe(path)
-    assert probe(animation(path, kind, count=1)).frames(24.0) == 1
+    assert probe(animation(path, kind, count=1, mode=mode)).frames(24.0) == 1
 
 
 def test_a_name_makes_no_still_of_a_video_and_no_video_of_a_still(tmp_path):
@@ -69,55 +73,46 @@ def box(name: bytes, *parts: bytes) -> bytes:
 
 
 def heic(path: Path, tiles: int) -> Path:
-    """A HEIC of 64x64 pixels: a thumbnail of 32x32 first, then the picture, in one piece or in four
-    (the first of which is the thumbnail, too)."""
+    """A HEIC of 64x64 light pixels, in one piece or in four tiles, behind a dark thumbnail. Pieces
+    are JPEGs, which the format allows and which need no settings."""
     pieces = []
-    for size, level in ((32, 40), *(((32, 200),) * 4 if tiles > 1 else ((64, 200),))):
-        write(path.with_suffix(".mp4"), 1, codec="libx265", size=(size, size),
-              coder={"x265-params": "log-level=none"},
-              draw=lambda picture, k, level=level: picture.fill(level))
-        with av.open(str(path.with_suffix(".mp4"))) as file:
-            stream = file.streams.video[0]
-            packet = next(p for p in file.demux(stream) if p.size)
-            pieces.append((stream.codec_context.extradata, bytes(packet), size))
-    number, count = len(pieces), len(pieces) + (tiles > 1)
-    items = [box(b"infe", b"\2\0\0\0", struct.pack(">HH", i, 0), b"hvc1\0")
-             for i in range(1, number + 1)]
+    for size, level in ((32, 40), *(((32, 200),) * 4 if tiles else ((64, 200),))):
+        file = io.BytesIO()
+        Image.new("RGB", (size, size), (level,) * 3).save(file, "JPEG")
+        pieces.append(file.getvalue())
+    kinds = [b"jpeg"] * len(pieces) + [b"grid"] * (tiles > 0)
+    count = len(kinds)  # things in the file; the last is the picture
+    items = [box(b"infe", b"\2\0\0\0", struct.pack(">2H", i, 0), kind, b"\0")
+             for i, kind in enumerate(kinds, 1)]
     links = box(b"thmb", struct.pack(">3H", 1, 1, count))
-    layout = struct.pack(">4B2H", 0, 0, 1, 1, 64, 64)
-    if tiles > 1:
-        items.append(box(b"infe", b"\2\0\0\0", struct.pack(">HH", count, 0), b"grid\0"))
-        links += box(b"dimg", struct.pack(">6H", count, 4, 2, 3, 4, 5))
-    kinds = b"".join(box(b"hvcC", extra) + box(b"ispe", bytes(4), struct.pack(">2I", size, size))
-                     for extra, _, size in pieces)
-    kinds += box(b"ispe", bytes(4), struct.pack(">2I", 64, 64))
-    told = b"".join(struct.pack(">H3B", i, 2, 2 * i - 1, 2 * i) for i in range(1, number + 1))
-    told += struct.pack(">H2B", count, 1, 2 * number + 1) if tiles > 1 else b""
+    links += box(b"dimg", struct.pack(">6H", count, 4, 2, 3, 4, 5)) if tiles else b""
+    sizes = [box(b"ispe", bytes(4), struct.pack(">2I", n, n)) for n in (32, 64)]
+    told = [struct.pack(">H2B", i, 1, 2 if i == count else 1) for i in range(1, count + 1)]
+    layout = struct.pack(">4B2H", 0, 0, 1, 1, 64, 64)  # 2 by 2
 
     def meta(at: int) -> bytes:
         places = b""
-        for i, (_, data, _) in enumerate(pieces, 1):
+        for i, data in enumerate(pieces, 1):
             places += struct.pack(">4H2I", i, 0, 0, 1, at, len(data))
             at += len(data)
-        if tiles > 1:
-            places += struct.pack(">4H2I", count, 1, 0, 1, 0, len(layout))
+        places += struct.pack(">4H2I", count, 1, 0, 1, 0, len(layout)) if tiles else b""
         return box(b"meta", bytes(4), box(b"hdlr", bytes(8), b"pict", bytes(13)),
                    box(b"pitm", bytes(4), struct.pack(">H", count)),
                    box(b"iloc", b"\1\0\0\0\x44\0", struct.pack(">H", count), places),
                    box(b"iinf", bytes(4), struct.pack(">H", count), *items),
                    box(b"iref", bytes(4), links),
-                   box(b"iprp", box(b"ipco", kinds),
-                       box(b"ipma", bytes(4), struct.pack(">I", count), told)),
+                   box(b"iprp", box(b"ipco", *sizes),
+                       box(b"ipma", bytes(4), struct.pack(">I", count), *told)),
                    box(b"idat", layout))
 
     head = box(b"ftyp", b"heic", bytes(4), b"mif1heic")
-    data = b"".join(data for _, data, _ in pieces)
-    path.write_bytes(head + meta(len(head) + len(meta(0)) + 8) + box(b"mdat", data))
+    start = len(head) + len(meta(0)) + 8
+    path.write_bytes(head + meta(start) + box(b"mdat", *pieces))
     return path
 
 
 def test_a_photo_in_tiles_is_refused_and_never_its_first_tile_or_its_thumbnail(tmp_path):
-    (whole,) = decode(heic(tmp_path / "whole.heic", 1))
+    (whole,) = decode(heic(tmp_path / "whole.heic", 0))
     assert whole.pixels().shape == (64, 64, 3) and abs(whole.pixels().mean() - 200) < 3
     with pytest.raises(Unusable, match="^cannot be decoded: .* a picture in 4 tiles, which are"):
         probe(heic(tmp_path / "tiles.heic", 4))
@@ -189,6 +184,33 @@ def test_a_clip_that_starts_late_or_between_key_frames_is_used(tmp_path, sources
     assert counted(path) == seen and probe(path).times[0] == 0.0
     lossless_cut(sources["closed"], path, 0.7, 2.0, key=False)
     assert 36 <= counted(path) < 48  # what came before the first key frame cannot be decoded
+
+
+def test_an_edit_list_that_hides_the_end_is_no_cut(tmp_path):
+    """As phones trim: the frames stay in the file."""
+    path = write(tmp_path / "a.mp4", count=48, coder={"x264-params": GOPS["closed"]})
+    data = bytearray(path.read_bytes())
+    place = data.index(b"elst") + 12  # behind version, flags and count: milliseconds
+    assert data[place : place + 4] == struct.pack(">I", 2000)
+    data[place : place + 4] = struct.pack(">I", 1125)
+    path.write_bytes(data)
+    assert counted(path) == 27
+
+
+def test_a_box_may_reach_to_the_end_or_say_its_length_in_eight_bytes(tmp_path):
+    """As live streams and cameras write."""
+    assert counted(write(tmp_path / "a.mkv", options={"live": "1"})) == 24
+    path = write(tmp_path / "a.mp4", options={"movflags": "faststart"})
+    data = path.read_bytes()
+    place = data.index(b"mdat") - 4
+    path.write_bytes(data[:place] + bytes(4) + data[place + 4 :])
+    assert counted(path) == 24
+    long = struct.pack(">I4sQ", 1, b"mdat", len(data) - place + 8)  # over the free box before
+    path.write_bytes(data[: place - 8] + long + data[place + 8 :])
+    assert counted(path) == 24 and announced_size(path) == len(data)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(Unusable, match="^cut off"):
+        probe(path)
 
 
 @pytest.mark.parametrize("suffix, codec", [("wmv", "wmv2"), ("avi", "mpeg4"), ("mkv", "libx264"),

@@ -70,7 +70,7 @@ def announced_size(path: Path) -> int:
         while end < size:
             file.seek(end)
             length = _box_length(file.read(24).ljust(24, b"\0"))
-            if length < 8:
+            if not length:
                 break
             end += length
     return end
@@ -98,10 +98,12 @@ def picture_stream(container: InputContainer) -> VideoStream | None:
     """The stream that players show, None where there is none: no cover of a song, and not the still
     that an animated AVIF holds beside itself. Raises ValueError for a picture in tiles."""
     videos = container.streams.video
-    if tiles := sum(bool(s.disposition & Disposition.dependent) for s in videos):  # HEIC
+    tiles = sum(bool(s.disposition & Disposition.dependent) for s in videos)
+    if tiles > 1:  # HEIC
         raise ValueError(f"a picture in {tiles} tiles, which are not put together here; save it as "
                          "PNG or JPEG")
-    shown = [s for s in videos if not s.disposition & Disposition.attached_pic]
+    beside = Disposition.attached_pic | Disposition.dependent
+    shown = [s for s in videos if not s.disposition & beside]
     best = container.streams.best("video")
     return best if best in shown else next(iter(shown), None)
 
@@ -118,7 +120,7 @@ def announced_time(container: InputContainer, stream: VideoStream, length: float
     if "mp4" in kind and stream.frames:
         listed = [e.timestamp for e in stream.index_entries if e.size and not e.is_discard]
         return max(listed, default=0) * float(stream.time_base) + length, 0.5 * length
-    end, about = -math.inf, 2 * length + 0.1
+    end, slack = -math.inf, 2 * length + 0.1
     if "matroska" in kind:  # its DURATION is an end
         found = re.fullmatch(r"(\d+):(\d+):([\d.]{1,20})", stream.metadata.get("DURATION", ""))
         if found:
@@ -127,4 +129,4 @@ def announced_time(container: InputContainer, stream: VideoStream, length: float
             end = container.duration / 1e6
     elif stream.duration and (alone or "asf" not in kind):
         end = float(((stream.start_time or 0) + stream.duration) * stream.time_base)
-    return end, about
+    return end, slack

@@ -160,14 +160,15 @@ class Frame:
             rgb = self.source.to_ndarray(format="rgb24", src_colorspace=matrix)
         else:
             rgb = self.source.to_ndarray(format="rgba", src_colorspace=matrix)
-            share = rgb[:, :, 3:] / 255.0
+            share = rgb[:, :, 3:] / np.float32(255)
             rgb = (rgb[:, :, :3] * share + 255 * (1 - share)).round().astype(np.uint8)
         turned, right, down = _display(self.source)
         rgb = rgb.swapaxes(0, 1) if turned else rgb
         return np.ascontiguousarray(rgb[::down, ::right])
 
     def beyond_srgb(self) -> bool:
-        """Whether a video says that it is HDR (PQ, HLG) or has the primaries of BT.2020 or P3."""
+        """Whether a video says that it is HDR (PQ, HLG) or has the primaries of BT.2020 or P3, by
+        the numbers of ITU-T H.273."""
         return isinstance(self.source, av.VideoFrame) and (
             self.source.color_trc in (16, 18) or self.source.color_primaries in (9, 11, 12))
 
@@ -241,16 +242,11 @@ def decode(path: Path) -> Iterator[Frame]:
     """Every frame of a video or picture, in the order of display. Sound is ignored.
 
     Raises Unusable: "missing file", "no video stream", "cannot be decoded", or, after the last
-    frame that could be read, "cut off" when the file announces more.
+    frame that could be read, "cut off" when the file announces more; missing bytes are noticed
+    before the first.
     """
     path = Path(path)
-    if not path.is_file():  # also keeps pipes and devices from being read
-        raise Unusable("missing file", path)
-    try:
-        still = is_still(path)
-    except Exception as error:  # decoders raise nearly every type there is on damaged files
-        raise _undecodable(path, error) from None
-    if still:
+    if path.is_file() and _is_still(path):
         image = open_picture(path)
         yield Frame(0.0, 0.0, image.height, image.width, image)
         return
@@ -258,9 +254,18 @@ def decode(path: Path) -> Iterator[Frame]:
         yield from _decode_stream(container, stream, path)
 
 
+def _is_still(path):
+    try:
+        return is_still(path)
+    except Exception as error:  # decoders raise nearly every type there is on damaged files
+        raise _undecodable(path, error) from None
+
+
 @contextmanager
 def _opened(path):
     """The container of a clip and the stream to decode."""
+    if not path.is_file():  # also keeps pipes and devices from being read
+        raise Unusable("missing file", path)
     size, announced = path.stat().st_size, announced_size(path)
     if size == 0:
         raise _undecodable(path, "an empty file")
@@ -311,7 +316,7 @@ def _frame(frame, now, stream):
 def _decode_stream(container, stream, path):
     usual = _usual_length(stream)
     first, count, now, error = None, 0, -usual, None
-    frames = _progressive(_frames(container, stream), stream)
+    frames = _progressive(_decoded(container, stream), stream)
     while True:
         try:
             frame = next(frames, None)
@@ -329,16 +334,16 @@ def _decode_stream(container, stream, path):
         yield shown
     if count == 0:
         raise _undecodable(path, _told(error) if error else "no frame inside")
-    announced, about = announced_time(container, stream, length)
-    if announced - (first + end) > about:
+    announced, slack = announced_time(container, stream, length)
+    if announced - (first + end) > slack:
         told = f"{end:.2f} of {announced - first:.2f} seconds"
         raise Unusable("cut off", f"{path.name}: {told}")
     if error:
         raise _undecodable(path, f"{_told(error)} after {count} frames")
 
 
-def _frames(container, stream):
-    """FFmpeg's own decoders of VP8 and VP9 leave out what is transparent."""
+def _decoded(container, stream):
+    """The stream's frames. FFmpeg's own decoders of VP8 and VP9 leave out what is transparent."""
     name, tags = stream.codec_context.name, stream.metadata
     if "1" not in (tags.get("alpha_mode"), tags.get("ALPHA_MODE")) or name not in ("vp8", "vp9"):
         yield from container.decode(stream)
@@ -404,12 +409,12 @@ def _sought(path, target):
     seek by the order of decoding, and then the key frame found may be shown after the target."""
     with _opened(path) as (container, stream):
         try:
-            first = next(_frames(container, stream)).time
+            first = next(_decoded(container, stream)).time
             for back in (0.0, 2.0):
                 offset = round((first + max(0.0, target - back)) / stream.time_base)
                 container.seek(offset, stream=stream, backward=True)
                 key_met = False  # frames before a key frame may lack what they were predicted from
-                for frame in _frames(container, stream):
+                for frame in _decoded(container, stream):
                     now = frame.time - first
                     if now > target + TIE or frame.interlaced_frame:
                         break

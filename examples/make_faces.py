@@ -33,7 +33,8 @@ def pictures(path: Path) -> Iterator[tuple[float, Image.Image]]:
     """Seconds and upright picture, its pixels square, of every frame of a clip or picture file."""
     try:  # what is inside decides, not the name
         with Image.open(path) as image:
-            if image.format == "MPO" or getattr(image, "n_frames", 1) == 1:
+            several = getattr(image, "n_frames", 1) > 1  # frames, previews, pages
+            if not (several and image.format in ("PNG", "GIF", "AVIF")):
                 yield 0.0, ImageOps.exif_transpose(image).convert("RGB")
                 return
     except Image.UnidentifiedImageError:

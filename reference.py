@@ -72,7 +72,7 @@ def letterbox(image: Image.Image, height: int, width: int, pad: float = WHITE) -
                          "give the video's size")
     if not -1 <= pad <= 1:
         raise ValueError(f"expected pad in [-1, 1], got {pad}; use 1 for white, -1 for black")
-    image = _to_rgb(image)
+    image = to_rgb(image)
     scale = min(height / image.height, width / image.width)
     # A very thin picture must keep one pixel, and rounding must not push past the canvas.
     h = min(height, max(1, round(image.height * scale)))
@@ -193,7 +193,11 @@ def predict_velocity(
     return drop_reference(output, L)
 
 
-def _to_rgb(image):
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any PIL mode -> RGB, upright (EXIF), on white where it is transparent; the same size.
+
+    our reading: all of it. Numbers are taken for sRGB; colour profiles are clips/pictures.py's.
+    """
     image = ImageOps.exif_transpose(image)  # phones store portraits on their side, plus a note
     if image.mode == "I" or image.mode.startswith("I;16"):
         # 16-bit grey: PIL's own conversion clips at 255 and would turn nearly everything white.

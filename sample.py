@@ -40,7 +40,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from clips.frames import load_canvas
+from clips.pictures import load_canvas
 from clips.video import check_output, write_outputs
 from common.cli import command, warn
 from guidance import BOTH, NULL, REF, TEXT, Guidance, guidance_steps, guide, stream_weights

@@ -30,8 +30,8 @@ from av.stream import Disposition
 from av.video.stream import VideoStream
 from PIL import Image
 
-# What a picture may hold, whatever its name says; for other kinds Pillow may start a program.
-PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+from clips.pictures import PICTURES
+
 # First bytes of the pictures that Pillow opens, still or moving.
 PICTURE = re.compile(rb"\x89PNG|GIF8|BM.{4}\0\0\0\0|II\*\0|MM\0\*|RIFF.{4}WEBP|.{4}ftypavi[fs]",
                      re.DOTALL)

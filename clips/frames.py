@@ -24,8 +24,7 @@ Read next: clips/manifest.py
 """
 
 import math
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -36,29 +35,17 @@ import av
 import numpy as np
 import torch
 import torch.nn.functional as nnf
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from clips.container import PICTURES, announced_size, announced_time, is_still, picture_stream
-from common.cli import warn
-from common.files import one_line
-from reference import letterbox
+from clips.container import announced_size, announced_time, is_still, picture_stream
+from clips.pictures import MOST_PIXELS, Unusable, open_picture, to_srgb
 
 DEFAULT_BUCKETS = "512x768x121,768x512x121,512x768x1,768x512x1"  # LTX-2.3's size, also upright
 FORMAT = 2          # of cached files and of decoding; a change here makes every cached latent new
 MAX_ENLARGE = 1.1   # our reading: 1080 rows for a bucket of 1088 cannot be seen, more teaches blur
 TIE = 0.0015        # seconds; two frames are equally near up to rounded timestamps (Matroska: 1 ms)
 ROUNDING = 0.05     # of a frame; n frames whose timestamps were rounded are still n frames
-MOST_PIXELS = 178_956_970  # of a frame; Pillow's limit. A header of 100 bytes can announce any size
-SMALL = 16  # our reading: pixels; no face can be told from another below
-
-
-class Unusable(ValueError):
-    """A row or clip that cannot be used: `reason`, a few words to count by, and what was found."""
-
-    def __init__(self, reason: str, detail: object):
-        self.reason, self.detail = reason, one_line(detail, 400)
-        super().__init__(f"{self.reason}: {self.detail}")
 
 
 # ------------------------------------------------------------ buckets
@@ -151,8 +138,7 @@ class Frame:
         """RGB, upright, (h, w, 3) uint8; pixels that are not square are not stretched yet. What is
         transparent lies on white."""
         if isinstance(self.source, Image.Image):
-            canvas = letterbox(self.source, self.height, self.width)  # same size: RGB on white
-            return ((canvas + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+            return np.asarray(self.source)
         # Files often leave the colour matrix unsaid; players then take BT.709 for HD, BT.601 below.
         unsaid = self.source.colorspace == 2 and self.source.height >= 720
         matrix = "ITU709" if unsaid else None
@@ -162,14 +148,16 @@ class Frame:
             rgb = self.source.to_ndarray(format="rgba", src_colorspace=matrix)
             share = rgb[:, :, 3:] / np.float32(255)
             rgb = (rgb[:, :, :3] * share + 255 * (1 - share)).round().astype(np.uint8)
+        if profile := _profile(self.source):
+            rgb = np.asarray(to_srgb(Image.fromarray(rgb), bytes(profile), "a frame"))
         turned, right, down = _display(self.source)
         rgb = rgb.swapaxes(0, 1) if turned else rgb
         return np.ascontiguousarray(rgb[::down, ::right])
 
     def beyond_srgb(self) -> bool:
         """Whether a video says that it is HDR (PQ, HLG) or has the primaries of BT.2020 or P3, by
-        the numbers of ITU-T H.273."""
-        return isinstance(self.source, av.VideoFrame) and (
+        the numbers of ITU-T H.273, and holds no profile that says more."""
+        return isinstance(self.source, av.VideoFrame) and not _profile(self.source) and (
             self.source.color_trc in (16, 18) or self.source.color_primaries in (9, 11, 12))
 
     def resized(self, crop: Crop, bucket: Bucket) -> Tensor:
@@ -196,46 +184,22 @@ def _display(frame):
     return turned, -1 if right < 0 else 1, -1 if down < 0 else 1
 
 
+def _profile(frame):
+    """The ICC profile of a HEIC picture or a film of JPEGs, None where there is none."""
+    try:
+        return frame.side_data.get("ICC_PROFILE")
+    except ValueError:  # beside notes of a kind that PyAV has no name for (Exif): it shows nothing
+        return None
+
+
 def _undecodable(path, told):
     return Unusable("cannot be decoded", f"{path.name}: {told}")
 
 
-def open_picture(path: Path) -> Image.Image:
-    """A picture, read to its end, turned upright (EXIF); an animation's first. Raises Unusable."""
-    if not path.is_file():  # also keeps pipes and devices from being read
-        raise Unusable("missing file", f"a folder at {path}" if path.is_dir() else path)
-    Image.init()
-    formats = [name for name in PICTURES if name in Image.OPEN]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # broken camera notes, large photos below the limit
-            with Image.open(path, formats=formats) as image:
-                picture = ImageOps.exif_transpose(image)  # a copy, hence read to its end
-    except Exception as error:  # decoders raise nearly every type there is on damaged files
-        raise _undecodable(path, error) from None
-    # Turned already; what damaged notes say is not asked a second time (reference.letterbox would).
-    picture.info = {key: told for key, told in picture.info.items() if key == "transparency"}
-    return picture
-
-
-def load_canvas(path: Path, height: int, width: int) -> Tensor:
-    """A reference of the user's on a canvas of the video's size, (3, h, w) in [-1, 1].
-
-    Raises ValueError, one line that says what to do.
-    """
-    if not path.is_file():
-        got = "a folder" if path.is_dir() else "no such file"
-        raise ValueError(f"expected a picture at {path}, got {got}; check --ref")
-    try:
-        image = open_picture(path)
-        canvas = letterbox(image, height, width)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"expected a readable picture at {path}, got "
-                         f"{getattr(error, 'detail', error)}; save it as PNG or JPEG, not huge"
-                         ) from error
-    if min(image.size) < SMALL:
-        warn(f"the reference has {image.width}x{image.height} pixels, too few to show a face")
-    return canvas
+def decode_still(path: Path) -> Iterator[Frame]:
+    """A picture file, whatever its ending, as a clip of one frame. Raises Unusable."""
+    image = open_picture(path)
+    yield Frame(0.0, 0.0, image.height, image.width, image)
 
 
 def decode(path: Path) -> Iterator[Frame]:
@@ -247,8 +211,7 @@ def decode(path: Path) -> Iterator[Frame]:
     """
     path = Path(path)
     if path.is_file() and _is_still(path):
-        image = open_picture(path)
-        yield Frame(0.0, 0.0, image.height, image.width, image)
+        yield from decode_still(path)
         return
     with _opened(path) as (container, stream):
         yield from _decode_stream(container, stream, path)
@@ -446,10 +409,10 @@ class Probe:
         return 1 if len(self.times) == 1 else max(1, several)
 
 
-def probe(path: Path) -> Probe:
+def probe(path: Path, look: Callable[[Path], Iterator[Frame]] = decode) -> Probe:
     """Decode a clip to its end, keeping no pixels. Raises Unusable as `decode` does."""
     times, size = [], None
-    for frame in decode(path):
+    for frame in look(path):
         if size is None:
             size, beyond = (frame.height, frame.width), frame.beyond_srgb()
         times.append(frame.time)

@@ -46,16 +46,15 @@ from clips.frames import (
     Bucket,
     Crop,
     Probe,
-    Unusable,
     choose_bucket,
     clip_times,
     cover,
     frame_at,
     nearest,
-    open_picture,
     parse_buckets,
     probe,
 )
+from clips.pictures import Unusable, open_picture
 from common.cli import Parser, command
 from common.files import one_line, parse_json, read_text
 
@@ -231,7 +230,7 @@ def _read_table(path):
             lines = enumerate(text.split("\n"), 1)
             return [(number, _parse_line(line)) for number, line in lines if line.strip()]
         if kind == ".csv":
-            data = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+            data = _read_csv(text)
         elif kind == ".json":
             data = parse_json(text)
             data = data["data"] if isinstance(data, dict) and "data" in data else data
@@ -239,10 +238,29 @@ def _read_table(path):
             raise ValueError("its name ends otherwise")
         if not isinstance(data, list):
             raise ValueError("no list inside")
-    except (OSError, ValueError, csv.Error) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"expected a manifest (.jsonl, .json or .csv), got {path}: {error}; "
                          "see docs/clips.md") from None
     return list(enumerate(data, 1))
+
+
+def _read_csv(text):
+    """The first line names the columns; between them commas, or semicolons or tabs, as some
+    spreadsheets write. A cell too many is a comma without quotes: the text before it is cut."""
+    comma = max(",;\t", key=text.partition("\n")[0].count)
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=comma, strict=True,
+                       skipinitialspace=True)
+    try:
+        names, *rows = [[cell.strip() for cell in cells] for cells in lines if cells] or [[]]
+    except csv.Error as error:
+        raise ValueError(f"line {lines.line_num}: {error}") from None
+    if "caption" not in names or not {"video", "media_path"} & set(names):
+        raise ValueError(f"a first line without video or caption: {one_line(names, 80)}")
+    if twice := [name for name in FIELDS if names.count(name) > 1]:
+        raise ValueError(f"two columns named {twice[0]}")
+    told = f"names; texts with {comma!r} need double quotes, empty cells their {comma!r}"
+    return [dict(zip(names, row, strict=True)) if len(row) == len(names)
+            else Unusable("bad row", f"{len(row)} cells for {len(names)} {told}") for row in rows]
 
 
 def _parse_line(line):

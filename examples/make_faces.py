@@ -22,7 +22,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 # `python -m clips.manifest check` says what is wrong with such a row.
-BAD_ROW = (OSError, ValueError, LookupError, AttributeError, TypeError, av.FFmpegError)
+BAD_ROW = (OSError, ValueError, LookupError, AttributeError, TypeError, av.FFmpegError,
+           Image.DecompressionBombError)
 FIVE = ((33, 133), (362, 263), (4,), (61,), (291,))  # mesh points: corners of each eye, nose, mouth
 RATE = 8  # looks a second that the file announces: a look speaks for 1/16 s before and after it
 boxes = mp.solutions.face_detection.FaceDetection(model_selection=1)             # far faces, too
@@ -81,7 +82,15 @@ def look(picture: Image.Image) -> dict:
 
 
 def main(manifest: Path) -> None:
-    folder, lines = manifest.parent, manifest.read_text(encoding="utf-8-sig").strip().split("\n")
+    folder = manifest.parent
+    try:
+        lines = manifest.read_text(encoding="utf-8-sig").strip().split("\n")
+        row = json.loads(lines[0])
+        Path(row.get("video") or row["media_path"])
+    except BAD_ROW:  # also CSV, and JSON on one line or several
+        print(f"make_faces.py: error: expected JSONL that begins with a clip, got {manifest}; "
+              "write CSV or JSON as JSONL first", file=sys.stderr)
+        sys.exit(2)
     (folder / "faces").mkdir(exist_ok=True)
     for n, line in enumerate(lines):
         try:
@@ -107,4 +116,4 @@ def main(manifest: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(*sys.argv[1:2]))

@@ -11,7 +11,7 @@ paper:       nothing of this (ST-DRC, arXiv 2606.02441, gives no interface).
     resolve_numbers(args, read_inference(config, path))
     check_numbers(args, num_layers=48)                                    # makes args.guidance
 
-Read next: clips/container.py
+Read next: clips/pictures.py
 """
 
 import argparse

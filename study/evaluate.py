@@ -31,7 +31,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 from clips.cache import content_hash
 from clips.face import FaceNet, align, faces_of, load_facenet, usable_landmarks
-from clips.frames import Bucket, Crop, decode, probe
+from clips.frames import Bucket, Crop, Frame, decode, decode_still, probe
 from clips.manifest import Faces, faces_for_clip, load_faces
 from clips.video import picks, save_sheet
 from common.cli import Parser, check_folder, check_ranges, command
@@ -336,12 +336,13 @@ def score_world(args: argparse.Namespace) -> None:
 
 
 @torch.no_grad()
-def read_own(path: Path, faces: Faces, net: FaceNet) -> tuple[Tensor, float]:
+def read_own(path: Path, faces: Faces, net: FaceNet,
+             look: Callable[[Path], Iterator[Frame]] = decode) -> tuple[Tensor, float]:
     """A video or picture -> the vectors of its F frames' faces (2, F, E), and its flicker in 0..1.
 
     Cut out by box [0] and by landmarks [1]; NaN where that cannot be done.
     """
-    found = probe(path)
+    found = probe(path, look)
     F, h, w = len(found.times), found.height, found.width
     if abs(math.log(faces.size[0] / faces.size[1] * w / h)) > 0.02:
         raise ValueError(f"expected faces of a picture shaped {h}x{w} (height x width) for {path}, "
@@ -351,7 +352,7 @@ def read_own(path: Path, faces: Faces, net: FaceNet) -> tuple[Tensor, float]:
     boxes, marks, seen = faces_for_clip(faces, bucket, crop, found.times)
     vectors = torch.full((2, F, net.fc.out_features), math.nan)
     changes, before, (side, high) = [], None, (max(1, w // 10), int(0.7 * h))  # as scores.border
-    for k, frame in enumerate(tqdm(decode(path), path.name, F, unit="frame", leave=False)):
+    for k, frame in enumerate(tqdm(look(path), path.name, F, unit="frame", leave=False)):
         picture = frame.resized(crop, bucket) / 127.5 - 1               # (3, h, w)
         if seen[k]:
             vectors[0, k] = net(faces_of(picture[None], boxes[k:k + 1], None, net.size))[0]
@@ -394,7 +395,7 @@ def score_folder(args: argparse.Namespace) -> None:
                          f"faces file for each and for the picture, got {len(videos)} videos, "
                          f"{len(set(files))} names; rename what shares one")
     net, (face, *others) = load_facenet(args.face), [load_faces(file) for file in files]
-    reference = read_own(args.ref, face, net)[0][:, 0]                  # (2, E)
+    reference = read_own(args.ref, face, net, decode_still)[0][:, 0]    # (2, E)
     if reference[0].isnan().any():
         raise ValueError(f"expected a face in {args.ref}, got none at time 0 in {files[0]}; "
                          "take another picture")

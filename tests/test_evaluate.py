@@ -225,6 +225,13 @@ def test_the_own_video_is_more_similar_than_the_others_for_both_pictures(own, ca
         assert found[mine]["flicker"] < 0.01, "the scene stands still; what is left is the codec's"
 
 
+def test_the_picture_is_read_like_any_reference_whatever_its_name_ends_in(own, capsys):
+    hidden = Image.open(own[0]).convert("RGBA")
+    hidden.putalpha(0)  # white for whoever reads pictures, Ada's face for a reader of videos
+    hidden.save(own[0].with_suffix(""), "PNG")
+    assert scored(capsys, own[0].with_suffix(""))["ada.mp4"]["similarity"] < 0.4
+
+
 def test_a_frame_without_a_face_counts_0(own, capsys):
     whole, folder = scored(capsys, own[0])["ada.mp4"], own[0].parent / "faces"
     folder.mkdir()

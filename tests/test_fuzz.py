@@ -33,7 +33,7 @@ import torch
 from clipfiles import write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageCms
 from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import nn
@@ -42,8 +42,9 @@ import sample
 import train
 from clips import cache, face
 from clips import manifest as clips
-from clips.frames import Bucket, cover, open_picture, probe
+from clips.frames import Bucket, cover, probe
 from clips.manifest import faces_for_clip, load_faces, read_manifest
+from clips.pictures import open_picture
 from ltx.checkpoint import check_weights, load_weights, open_file, read_metadata, shapes_from
 from ltx.gemma import GemmaConfig, GemmaTextModel, load_gemma
 from ltx.lora import read_lora
@@ -200,11 +201,12 @@ def joined(table: object, numbers: bytes) -> bytes:
 
 
 def pictures(folder: Path) -> Kind:
-    goods = []
-    for kind, mode in zip("PNG JPEG WEBP BMP TIFF GIF PNG JPEG".split(),
-                          "RGB RGB RGB RGB RGB P RGBA CMYK".split(), strict=True):
+    goods, profile = [], ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for kind, mode in zip("PNG JPEG WEBP BMP TIFF GIF PNG JPEG TIFF TIFF".split(),
+                          "RGB RGB RGB RGB RGB P RGBA CMYK F I;16".split(), strict=True):
         file = io.BytesIO()
-        Image.linear_gradient("L").resize((14, 9)).convert(mode).save(file, kind)
+        picture = Image.linear_gradient("L").resize((14, 9)).convert(mode)
+        picture.save(file, kind, icc_profile=profile if kind in ("PNG", "WEBP") else None)
         goods.append(file.getvalue())
 
     def read(path: Path) -> None:

@@ -47,6 +47,47 @@ def test_the_three_kinds_of_manifest_say_the_same(tmp_path):
         assert found == [(1, "a.mp4", 'a cat, "grey"', "x"), (2, "b.mp4", "ä dog", "")], name
 
 
+GOOD_CSV = {
+    "a comma in quotes": 'video,caption\na.mp4,"a woman, smiling"\n',
+    "spaces around": 'video , caption\n a.mp4 , "a woman, smiling"\n',
+    "semicolons, BOM, Windows": '\ufeffvideo;caption;note\r\na.mp4;a woman, smiling;\r\n',
+    "tabs": "caption\tvideo\na woman, smiling\ta.mp4\n",
+    "columns without names, empty lines": 'video,caption,,\n\na.mp4,"a woman, smiling",,\n\n'}
+
+
+@pytest.mark.parametrize("kind", GOOD_CSV)
+def test_csv_as_people_and_spreadsheets_write_it_keeps_the_whole_caption(tmp_path, kind):
+    path = tmp_path / "m.csv"
+    path.write_bytes(GOOD_CSV[kind].encode())
+    (row,) = read(path)
+    assert (row.video.name, row.caption, row.broken) == ("a.mp4", "a woman, smiling", None)
+
+
+def test_a_row_of_csv_with_a_cell_too_many_or_too_few_is_bad_and_says_so(tmp_path):
+    path = tmp_path / "m.csv"
+    path.write_text("video,caption,identity\na.mp4,a man,x\nb.mp4,a woman, smiling, in a park,y\n"
+                    "c.mp4,a man\nd.mp4,a man,\n")
+    rows = read(path)
+    assert [str(row.broken or "")[:28] for row in rows] == [
+        "", "bad row: 5 cells for 3 names", "bad row: 2 cells for 3 names", ""]
+    assert str(rows[1].broken).endswith("; texts with ',' need double quotes, empty cells their '"
+                                        ",'")
+    path.write_text("video;caption\na.mp4;a woman; smiling\n")
+    assert "3 cells for 2 names; texts with ';' need" in str(read(path)[0].broken)
+
+
+def test_csv_without_the_two_names_or_with_a_loose_quote_is_refused_with_the_place(tmp_path):
+    path = tmp_path / "m.csv"
+    for text, told in (("Video,Caption\na,b\n", r"without video or caption: \['Video', 'Cap"),
+                       ("sep=;\nvideo;caption\na;b\n", "without video or caption"), ("", r": \[\]"),
+                       ("video,caption,caption\na,b,c\n", "two columns named caption"),
+                       ('video,caption\na,b\nc,"d" e\nf,g\n', "line 3: "),
+                       ('video,caption\na,"b\nc,d\n', "unexpected end of data")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=f"^expected a manifest .*m.csv: .*{told}.*clips.md$"):
+            read(path)
+
+
 def test_an_unreadable_manifest_is_one_line(tmp_path):
     for name, data in (("none.jsonl", None), ("a.json", b"{"), ("b.json", b'{"rows": []}'),
                        ("c.txt", b"a"), ("d.csv", b"\xff\xfe\x00"), ("e.jsonl", b"\n")):
@@ -269,6 +310,23 @@ def test_the_example_detector_tells_the_faces_where_they_were_drawn(
     reference = torch.tensor(face_box(3)) + torch.tensor([0.5, 0.5, -0.5, -0.5])
     assert faces.reference.size == (96, 160)
     assert torch.allclose(faces.reference.box, reference, atol=0.02)
+
+
+@pytest.mark.parametrize("text", [
+    "video,caption\na.mp4,x\n", '[{"video": "a.mp4", "caption": "x"}]',
+    '{"data": [\n{"video": "a.mp4", "caption": "x"}\n]}', "\xe9", None])
+def test_the_example_detector_refuses_what_is_no_jsonl_and_writes_nothing(
+        tmp_path, monkeypatch, capsys, text):
+    path = tmp_path / "m.csv"
+    if text is not None:
+        path.write_text(text, encoding="latin-1")
+    monkeypatch.setitem(sys.modules, "mediapipe", fake_mediapipe())
+    monkeypatch.setattr(sys, "argv", ["make_faces.py", str(path)])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "examples" / "make_faces.py"), run_name="__main__")
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == "" and err.count("\n") == 1 and f"got {path};" in err
+    assert list(tmp_path.iterdir()) == [path] * (text is not None)
 
 
 # ------------------------------------------------------------ references

@@ -314,7 +314,7 @@ def _nothing(path, pictures):
 # file, how it is made, the reason that `python -m clips.manifest check` must give
 BROKEN: list[tuple[str, Callable[[Path, np.ndarray], None], str]] = [
     ("clips/cut-off.mp4", _cut_off, "cut off"),
-    ("clips/half-copied.mp4", _half_copied, "cannot be decoded"),
+    ("clips/half-copied.mp4", _half_copied, "cut off"),
     ("clips/letter.mp4", _text, "cannot be decoded"),
     ("clips/song.mp4", _sound_only, "no video stream"),
     ("clips/no-caption.mp4", _plain, "empty caption"),

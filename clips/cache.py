@@ -43,7 +43,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from clips.frames import FORMAT, IMAGES, Bucket, Probe, Unusable, load_clip, probe
+from clips.container import IMAGES
+from clips.frames import FORMAT, Bucket, Probe, Unusable, load_clip, probe
 from clips.manifest import Report, Row, add_manifest_arguments, check_arguments, check_row
 from common.cli import Parser, command
 from common.files import atomic_write, parse_json, read_text, sweep
@@ -263,19 +264,20 @@ def check_once(rows: Sequence[Row], buckets: Sequence[Bucket], frame_rate: float
 
     def look(path):
         try:
-            stamp = _stamp(path)
+            stamp = f"{FORMAT} {_stamp(path)}"
         except OSError:
             return probe(path)  # says what is wrong
         if stamp not in known:
             try:
                 found = probe(path)
-                known[stamp] = [found.height, found.width, list(found.times), found.seconds]
+                known[stamp] = [found.height, found.width, list(found.times), found.seconds,
+                                found.beyond_srgb]
             except Unusable as error:
                 known[stamp] = [error.reason, error.detail]
         if len(known[stamp]) == 2:
             raise Unusable(*known[stamp])
-        height, width, times, seconds = known[stamp]
-        return Probe(height, width, tuple(times), seconds)
+        height, width, times, *rest = known[stamp]
+        return Probe(height, width, tuple(times), *rest)
 
     def done(row):
         return check_row(row, buckets, frame_rate, look)

@@ -24,7 +24,6 @@ Read next: clips/manifest.py
 """
 
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,6 +38,7 @@ import torch.nn.functional as nnf
 from PIL import Image
 from torch import Tensor
 
+from clips.container import announced_size, announced_time, is_still, picture_stream
 from clips.pictures import MOST_PIXELS, Unusable, open_picture, to_srgb
 
 DEFAULT_BUCKETS = "512x768x121,768x512x121,512x768x1,768x512x1"  # LTX-2.3's size, also upright
@@ -46,7 +46,6 @@ FORMAT = 2          # of cached files and of decoding; a change here makes every
 MAX_ENLARGE = 1.1   # our reading: 1080 rows for a bucket of 1088 cannot be seen, more teaches blur
 TIE = 0.0015        # seconds; two frames are equally near up to rounded timestamps (Matroska: 1 ms)
 ROUNDING = 0.05     # of a frame; n frames whose timestamps were rounded are still n frames
-IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
 
 # ------------------------------------------------------------ buckets
@@ -136,21 +135,53 @@ class Frame:
     source: av.VideoFrame | Image.Image
 
     def pixels(self) -> np.ndarray:
-        """RGB, upright, (h, w, 3) uint8; pixels that are not square are not stretched yet."""
+        """RGB, upright, (h, w, 3) uint8; pixels that are not square are not stretched yet. What is
+        transparent lies on white."""
         if isinstance(self.source, Image.Image):
             return np.asarray(self.source)
         # Files often leave the colour matrix unsaid; players then take BT.709 for HD, BT.601 below.
         unsaid = self.source.colorspace == 2 and self.source.height >= 720
-        rgb = self.source.to_ndarray(format="rgb24", src_colorspace="ITU709" if unsaid else None)
+        matrix = "ITU709" if unsaid else None
+        if not any(component.is_alpha for component in self.source.format.components):
+            rgb = self.source.to_ndarray(format="rgb24", src_colorspace=matrix)
+        else:
+            rgb = self.source.to_ndarray(format="rgba", src_colorspace=matrix)
+            share = rgb[:, :, 3:] / np.float32(255)
+            rgb = (rgb[:, :, :3] * share + 255 * (1 - share)).round().astype(np.uint8)
         if profile := _profile(self.source):
             rgb = np.asarray(to_srgb(Image.fromarray(rgb), bytes(profile), "a frame"))
-        return np.ascontiguousarray(np.rot90(rgb, round(self.source.rotation / 90) % 4))
+        turned, right, down = _display(self.source)
+        rgb = rgb.swapaxes(0, 1) if turned else rgb
+        return np.ascontiguousarray(rgb[::down, ::right])
+
+    def beyond_srgb(self) -> bool:
+        """Whether a video says that it is HDR (PQ, HLG) or has the primaries of BT.2020 or P3, by
+        the numbers of ITU-T H.273, and holds no profile that says more."""
+        return isinstance(self.source, av.VideoFrame) and not _profile(self.source) and (
+            self.source.color_trc in (16, 18) or self.source.color_primaries in (9, 11, 12))
 
     def resized(self, crop: Crop, bucket: Bucket) -> Tensor:
         """(3, h, w) uint8 of the bucket's size, antialiased."""
         x = torch.from_numpy(self.pixels().copy()).permute(2, 0, 1)[None]           # (1, 3, h, w)
         x = nnf.interpolate(x, (crop.rows, crop.columns), mode="bilinear", antialias=True)
         return x[0, :, crop.top :, crop.left :][:, : bucket.height, : bucket.width]
+
+
+def _display(frame):
+    """How the stored picture is shown: whether rows become columns, and then the direction of the
+    columns and of the rows, 1 or -1. Phones turn, selfie cameras mirror."""
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # beside notes of a kind that PyAV has no name for (Exif): only the angle
+        quarter = round(frame.rotation / 90) % 4
+        return quarter % 2 == 1, -1 if quarter in (2, 3) else 1, -1 if quarter in (1, 2) else 1
+    if matrix is None:
+        return False, 1, 1
+    # A point (x, y) is shown at (a x + c y, b x + d y).
+    a, b, _, c, d = (int(n) for n in np.frombuffer(matrix, np.int32)[:5])
+    turned = abs(b) + abs(c) > abs(a) + abs(d)
+    right, down = (c, b) if turned else (a, d)
+    return turned, -1 if right < 0 else 1, -1 if down < 0 else 1
 
 
 def _profile(frame):
@@ -175,23 +206,34 @@ def decode(path: Path) -> Iterator[Frame]:
     """Every frame of a video or picture, in the order of display. Sound is ignored.
 
     Raises Unusable: "missing file", "no video stream", "cannot be decoded", or, after the last
-    frame that could be read, "cut off" when the file announces more.
+    frame that could be read, "cut off" when the file announces more; missing bytes are noticed
+    before the first.
     """
     path = Path(path)
-    if path.suffix.lower() in IMAGES and path.is_file() and path.stat().st_size:
+    if path.is_file() and _is_still(path):
         yield from decode_still(path)
         return
     with _opened(path) as (container, stream):
         yield from _decode_stream(container, stream, path)
 
 
+def _is_still(path):
+    try:
+        return is_still(path)
+    except Exception as error:  # decoders raise nearly every type there is on damaged files
+        raise _undecodable(path, error) from None
+
+
 @contextmanager
 def _opened(path):
-    """The file's container and the stream to decode."""
+    """The container of a clip and the stream to decode."""
     if not path.is_file():  # also keeps pipes and devices from being read
         raise Unusable("missing file", path)
-    if path.stat().st_size == 0:
+    size, announced = path.stat().st_size, announced_size(path)
+    if size == 0:
         raise _undecodable(path, "an empty file")
+    if size < announced:
+        raise Unusable("cut off", f"{path.name}: {size:,} of {announced:,} bytes")
     with path.open("rb") as file:
         try:  # A playlist may name other files or addresses; no protocol is left to open those.
             container = av.open(file, options={"protocol_whitelist": "none"},
@@ -199,17 +241,19 @@ def _opened(path):
         except (av.FFmpegError, OSError, ValueError) as error:
             raise _undecodable(path, _told(error)) from None
         with container:
-            cover_art = av.stream.Disposition.attached_pic
-            streams = [s for s in container.streams.video if not s.disposition & cover_art]
             if not container.streams:
                 raise _undecodable(path, "only the beginning of a file")
-            if not streams:
+            try:
+                stream = picture_stream(container)
+            except ValueError as error:
+                raise _undecodable(path, error) from None
+            if stream is None:
                 raise Unusable("no video stream", path.name)
-            if streams[0].codec_context is None:
+            if stream.codec_context is None:
                 raise _undecodable(path, "in a form that this FFmpeg does not know")
-            streams[0].thread_type = "AUTO"
-            streams[0].codec_context.options = {"max_pixels": str(MOST_PIXELS)}
-            yield container, streams[0]
+            stream.thread_type = "AUTO"
+            stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}
+            yield container, stream
 
 
 def _told(error):
@@ -227,7 +271,7 @@ def _frame(frame, now, stream):
         length = float(frame.duration * frame.time_base)
     aspect = float(stream.sample_aspect_ratio or 1)
     height, width = frame.height, max(1, round(frame.width * aspect))
-    if round(frame.rotation / 90) % 2:
+    if _display(frame)[0]:
         height, width = width, height
     return Frame(now, now + length, height, width, frame)
 
@@ -235,7 +279,7 @@ def _frame(frame, now, stream):
 def _decode_stream(container, stream, path):
     usual = _usual_length(stream)
     first, count, now, error = None, 0, -usual, None
-    frames = container.decode(stream)
+    frames = _progressive(_decoded(container, stream), stream)
     while True:
         try:
             frame = next(frames, None)
@@ -253,37 +297,62 @@ def _decode_stream(container, stream, path):
         yield shown
     if count == 0:
         raise _undecodable(path, _told(error) if error else "no frame inside")
-    announced = _announced_seconds(container, stream)
-    missing = -math.inf if announced is None else announced - end
-    if missing > max(0.5 * length, 0.002) and stream.frames > count:
-        raise Unusable("cut off", f"{path.name}: {count} of {stream.frames} frames")
-    if missing > 2 * length + 0.1 and not stream.frames:
-        raise Unusable("cut off", f"{path.name}: {end:.2f} of {announced:.2f} seconds")
+    announced, slack = announced_time(container, stream, length)
+    if announced - (first + end) > slack:
+        told = f"{end:.2f} of {announced - first:.2f} seconds"
+        raise Unusable("cut off", f"{path.name}: {told}")
     if error:
         raise _undecodable(path, f"{_told(error)} after {count} frames")
 
 
-def _announced_seconds(container, stream):
-    """What the header says, None if nothing trustworthy. Where an edit list hides frames, their
-    number is wrong and the seconds are right."""
-    if stream.duration and stream.time_base:
-        return float(stream.duration * stream.time_base)
-    if "matroska" not in container.format.name:
-        return None
-    if text := stream.metadata.get("DURATION"):
-        found = re.fullmatch(r"(\d+):(\d+):([\d.]{1,20})", text)
-        return int(found[1]) * 3600 + int(found[2]) * 60 + float(found[3]) if found else None
-    if container.duration and not container.streams.audio:
-        return container.duration / 1e6
-    return None
+def _decoded(container, stream):
+    """The stream's frames. FFmpeg's own decoders of VP8 and VP9 leave out what is transparent."""
+    name, tags = stream.codec_context.name, stream.metadata
+    if "1" not in (tags.get("alpha_mode"), tags.get("ALPHA_MODE")) or name not in ("vp8", "vp9"):
+        yield from container.decode(stream)
+        return
+    coder = av.CodecContext.create("libvpx" if name == "vp8" else "libvpx-vp9", "r")
+    coder.options = {"max_pixels": str(MOST_PIXELS)}
+    for packet in container.demux(stream):
+        yield from coder.decode(packet if packet.size else None)
+
+
+def _progressive(frames, stream):
+    """The frames, from the first interlaced one on through a deinterlacer. Such a frame holds two
+    moments, one in the even rows and one in the odd; what moves has teeth. It stays one frame."""
+    graph = None
+    for frame in frames:
+        if graph is None and frame.interlaced_frame:
+            graph = av.filter.Graph()
+            steps = [graph.add_buffer(template=stream),
+                     graph.add("bwdif", "mode=send_frame:deint=interlaced"),
+                     graph.add("buffersink")]
+            graph.link_nodes(*steps).configure()
+        if graph is None:
+            yield frame
+        else:
+            graph.vpush(frame)
+            yield from _filtered(graph)
+    if graph is not None:
+        graph.vpush(None)
+        yield from _filtered(graph)
+
+
+def _filtered(graph):
+    while True:
+        try:
+            yield graph.vpull()
+        except (av.BlockingIOError, av.EOFError):  # it waits for the next frame; it is done
+            return
 
 
 def frame_at(path: str | Path, times: Sequence[float], index: int) -> Frame:
     """list(decode(path))[index], faster. times: of the file's frames (Probe.times).
 
     Seeks to the key frame before and decodes until the time is met (up to TIE). Where that cannot
-    be trusted (no seeking, no timestamps, frames nearer than TIE, no key frame on the way), decodes
-    from the beginning. Raises ValueError for another index, Unusable as `decode` does.
+    be trusted (no seeking, no timestamps, frames nearer than TIE, no key frame on the way, two
+    fields), decodes from the beginning. Raises ValueError for another index, Unusable as `decode`
+    does.
     """
     path = Path(path)
     if not 0 <= index < len(times):
@@ -291,8 +360,7 @@ def frame_at(path: str | Path, times: Sequence[float], index: int) -> Frame:
                          "use the times of this file")
     around = times[max(0, index - 1) : index + 2]
     distinct = all(late - early > TIE for early, late in zip(around, around[1:], strict=False))
-    may_seek = index and distinct and path.suffix.lower() not in IMAGES
-    frame = _sought(path, times[index]) if may_seek else None
+    frame = _sought(path, times[index]) if index and distinct else None
     frame = frame or next(islice(decode(path), index, None), None)
     if frame is None:
         raise Unusable("cut off", f"{path.name}: fewer than {index + 1} frames")
@@ -304,14 +372,14 @@ def _sought(path, target):
     seek by the order of decoding, and then the key frame found may be shown after the target."""
     with _opened(path) as (container, stream):
         try:
-            first = next(container.decode(stream)).time
+            first = next(_decoded(container, stream)).time
             for back in (0.0, 2.0):
                 offset = round((first + max(0.0, target - back)) / stream.time_base)
                 container.seek(offset, stream=stream, backward=True)
                 key_met = False  # frames before a key frame may lack what they were predicted from
-                for frame in container.decode(stream):
+                for frame in _decoded(container, stream):
                     now = frame.time - first
-                    if now > target + TIE:
+                    if now > target + TIE or frame.interlaced_frame:
                         break
                     key_met = key_met or frame.key_frame
                     if key_met and now >= target - TIE:
@@ -326,12 +394,14 @@ def _sought(path, target):
 
 @dataclass(frozen=True)
 class Probe:
-    """What a clip is: pixels as displayed, seconds of each of its frames, seconds in all."""
+    """What a clip is: pixels as displayed, seconds of each of its frames, seconds in all; whether
+    its colours reach beyond sRGB (HDR and the like), for which `pixels` takes them all the same."""
 
     height: int
     width: int
     times: tuple[float, ...]
     seconds: float
+    beyond_srgb: bool = False
 
     def frames(self, frame_rate: float) -> int:
         """Frames it gives at another rate; a picture, or a clip of one frame, gives one."""
@@ -343,10 +413,11 @@ def probe(path: Path, look: Callable[[Path], Iterator[Frame]] = decode) -> Probe
     """Decode a clip to its end, keeping no pixels. Raises Unusable as `decode` does."""
     times, size = [], None
     for frame in look(path):
-        size = size or (frame.height, frame.width)
+        if size is None:
+            size, beyond = (frame.height, frame.width), frame.beyond_srgb()
         times.append(frame.time)
         seconds = frame.end
-    return Probe(*size, tuple(times), seconds)
+    return Probe(*size, tuple(times), seconds, beyond)
 
 
 def clip_times(frames: int, frame_rate: float, start: float = 0.0) -> list[float]:

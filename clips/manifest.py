@@ -334,7 +334,7 @@ class Report:
         return [row for row in self.rows if row.broken is not None]
 
     def lines(self) -> list[str]:
-        """One line for each row that is not used, then the summary."""
+        """One line for each row that is not used, then the summary, then a warning."""
         lines = [f"row {row.number}: {row.broken}" for row in self.refused]
         summary = f"{len(self.used)} of {len(self.rows)} rows are used"
         for title, counts in (("not used", Counter(row.broken.reason for row in self.refused)),
@@ -342,7 +342,12 @@ class Report:
             if counts:
                 told = ", ".join(f"{name} {n}" for name, n in counts.most_common())
                 summary += f"; {title}: {told}"
-        return [*lines, summary]
+        lines.append(summary)
+        if beyond := [row for row in self.used if row.found.beyond_srgb]:
+            lines.append(f"warning: HDR or wide colours in {len(beyond)} of these clips, first in "
+                         f"row {beyond[0].number}: read as if they were BT.709, they come out "
+                         "pale; convert them before")
+        return lines
 
 
 def check(manifest: str | Path, buckets: Sequence[Bucket], frame_rate: float = 24.0,

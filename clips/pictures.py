@@ -16,7 +16,7 @@ eight bits of 16-bit colour, which is what sRGB keeps of it.
     picture = open_picture(Path("face.jpg"))               # any mode, profile and orientation
     canvas = load_canvas(Path("face.jpg"), 512, 768)       # (3, 512, 768), for --ref
 
-Read next: clips/frames.py
+Read next: clips/container.py
 """
 
 import io

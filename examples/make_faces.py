@@ -24,7 +24,6 @@ from PIL import Image, ImageOps
 # `python -m clips.manifest check` says what is wrong with such a row.
 BAD_ROW = (OSError, ValueError, LookupError, AttributeError, TypeError, av.FFmpegError,
            Image.DecompressionBombError)
-IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 FIVE = ((33, 133), (362, 263), (4,), (61,), (291,))  # mesh points: corners of each eye, nose, mouth
 RATE = 8  # looks a second that the file announces: a look speaks for 1/16 s before and after it
 boxes = mp.solutions.face_detection.FaceDetection(model_selection=1)             # far faces, too
@@ -33,17 +32,34 @@ mesh = mp.solutions.face_mesh.FaceMesh(static_image_mode=True, max_num_faces=1) 
 
 def pictures(path: Path) -> Iterator[tuple[float, Image.Image]]:
     """Seconds and upright picture, its pixels square, of every frame of a clip or picture file."""
-    if path.suffix.lower() in IMAGES:
-        yield 0.0, ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-        return
+    try:  # what is inside decides, not the name
+        with Image.open(path) as image:
+            several = getattr(image, "n_frames", 1) > 1  # frames, previews, pages
+            if not (several and image.format in ("PNG", "GIF", "AVIF")):
+                yield 0.0, ImageOps.exif_transpose(image).convert("RGB")
+                return
+    except Image.UnidentifiedImageError:
+        pass  # a video
     with av.open(str(path)) as file:
-        stream = file.streams.video[0]
+        stream = file.streams.best("video")  # the first may be a cover
         for n, frame in enumerate(file.decode(stream)):
             time = frame.time
             if time is None:  # raw streams keep no times
                 time = n / (stream.average_rate or 24)
             width = round(frame.width * (stream.sample_aspect_ratio or 1))
-            yield float(time), frame.to_image(width=width).rotate(frame.rotation, expand=True)
+            yield float(time), upright(frame.to_image(width=width), frame)
+
+
+def upright(picture: Image.Image, frame: av.VideoFrame) -> Image.Image:
+    """Turned and mirrored as the header says: (x, y) is shown at (a x + c y, b x + d y)."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is not None:
+        a, b, _, c, d = (int(n) for n in np.frombuffer(matrix, np.int32)[:5])
+        if abs(b) + abs(c) > abs(a) + abs(d):
+            picture, a, d = picture.transpose(Image.Transpose.TRANSPOSE), c, b
+        picture = ImageOps.mirror(picture) if a < 0 else picture
+        picture = ImageOps.flip(picture) if d < 0 else picture
+    return picture
 
 
 def look(picture: Image.Image) -> dict:

@@ -39,7 +39,8 @@ def write(path: Path, count: int = 24, rate: str = "24", codec: str = "libx264",
     """A video whose frame k is grey(first + k) all over, or drawn by draw(picture, k).
 
     more: stamps (milliseconds of each frame), matrix (a display matrix), aspect (of a pixel),
-    colors (matrix), options (of the container), coder (options of the codec).
+    colors (matrix), transfer and primaries (their numbers), options (of the container), coder
+    (options of the codec).
     """
     with av.open(str(path), "w", options=more.get("options", {})) as container:
         stream = container.add_stream(codec, rate=Fraction(rate))
@@ -52,13 +53,19 @@ def write(path: Path, count: int = 24, rate: str = "24", codec: str = "libx264",
             stream.codec_context.time_base = Fraction(1, 1000)
         if "matrix" in more:
             stream.set_display_matrix(more["matrix"])
+        if "transfer" in more:
+            stream.codec_context.color_trc = more["transfer"]
+            stream.codec_context.color_primaries = more["primaries"]
         if "aspect" in more:
             stream.codec_context.sample_aspect_ratio = more["aspect"]
         for k in range(count):
             picture = np.full((*size, 3), min(grey(first + k), 255), np.uint8)
+            if pix.startswith("yuva"):
+                picture = np.concatenate([picture, np.full((*size, 1), 255, np.uint8)], axis=2)
             if draw:
                 draw(picture, k)
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            kind = "rgba" if picture.shape[2] == 4 else "rgb24"
+            frame = av.VideoFrame.from_ndarray(picture, format=kind)
             frame = frame.reformat(format=pix, dst_colorspace=more.get("colors"))
             if "stamps" in more:
                 frame.pts, frame.time_base = more["stamps"][k], Fraction(1, 1000)

@@ -243,6 +243,21 @@ def test_what_was_checked_before_and_has_not_changed_is_not_decoded_again(
     write(tmp_path / "b.mp4", count=3)
     report = check_once(listed, SMALL, 24.0, folder)
     assert decoded[4:] == ["b.mp4"] and len(report.used[1].found.times) == 3
+    monkeypatch.setattr(cache, "FORMAT", 0)  # decoding has changed
+    check_once(listed, SMALL, 24.0, folder)
+    assert len(decoded) == 9
+
+
+def test_clips_with_hdr_colours_are_counted_in_a_warning_also_from_memory(tmp_path):
+    for name, transfer in (("a", 1), ("b", 16), ("c", 18)):
+        write(tmp_path / f"{name}.mp4", count=9, transfer=transfer, primaries=1)
+    listed = ({"video": f"{name}.mp4", "caption": "x"} for name in "abc")
+    listed = read_manifest(manifest(tmp_path, *listed))
+    for _ in range(2):
+        summary, warning = check_once(listed, SMALL, 24.0, tmp_path / "cache").lines()
+        assert summary.startswith("3 of 3 rows are used")
+        assert warning.startswith("warning: HDR or wide colours in 2 of these clips, first in row")
+    assert len(check_once(listed[:1], SMALL, 24.0, tmp_path / "cache").lines()) == 1
 
 
 def test_one_workers_bad_clip_stops_all_of_them_and_leaves_nobody_waiting(tmp_path, rows):

@@ -9,8 +9,19 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from clipfiles import BLOCKS, SMALL, TURNS, WIDE, draw_moving, grey, indices, write, write_picture
-from PIL import Image
+from clipfiles import (
+    BLOCKS,
+    ONE,
+    SMALL,
+    TURNS,
+    WIDE,
+    draw_moving,
+    grey,
+    indices,
+    write,
+    write_picture,
+)
+from PIL import Image, ImageOps
 
 from clips import frames
 from clips.frames import Bucket, Unusable, decode, frame_at, load_clip, probe
@@ -74,6 +85,89 @@ def test_rotation_in_the_header_is_honoured(tmp_path, turn):
     assert (probe(path).height, probe(path).width) == shape
     bright = load_clip(path, WIDE if turn == "half" else SMALL[1])[:, 0] > 0.5
     assert bright[(slice(None), *place)].float().mean() > 0.9 and bright.float().mean() < 0.35
+
+
+# Quadrants as ffmpeg and browsers show them, from above: stored are red, green, blue, yellow.
+ORIENTATIONS = {(1, 0, 0, 1): "RGBY", (-1, 0, 0, 1): "GRYB", (1, 0, 0, -1): "BYRG",
+                (-1, 0, 0, -1): "YBGR", (0, 1, -1, 0): "BRYG", (0, -1, 1, 0): "GYRB",
+                (0, 1, 1, 0): "RBGY", (0, -1, -1, 0): "YGBR"}
+
+
+@pytest.mark.parametrize("numbers", ORIENTATIONS)
+def test_a_display_matrix_turns_and_mirrors_the_picture(tmp_path, numbers):
+    def quadrants(picture, k):
+        h, w = picture.shape[0] // 2, picture.shape[1] // 2
+        picture[:h, :w], picture[:h, w:] = (200, 30, 30), (30, 160, 40)
+        picture[h:, :w], picture[h:, w:] = (40, 60, 200), (240, 220, 60)
+
+    a, b, c, d = (ONE * n for n in numbers)
+    path = write(tmp_path / "a.mp4", 1, draw=quadrants, matrix=[a, b, 0, c, d, 0, 0, 0, 1 << 30])
+    (found,) = decode(path)
+    pixels = found.pixels()
+    assert (found.height, found.width) == pixels.shape[:2] == ((72, 48) if b else (48, 72))
+    seen = ""
+    for row in (1, 3):
+        for column in (1, 3):
+            r, g, b = pixels[found.height * row // 4, found.width * column // 4]
+            seen += "Y" if min(r, g) > 200 else "RGB"[np.argmax([r, g, b])]
+    assert seen == ORIENTATIONS[numbers]
+
+
+@pytest.mark.parametrize("name, how", [
+    ("a.mkv", {"codec": "ffv1"}), ("a.webm", {"codec": "libvpx-vp9", "coder": {"crf": "10"}}),
+    ("b.webm", {"codec": "libvpx", "coder": {"crf": "4", "b": "5M", "auto-alt-ref": "0"}})])
+def test_what_is_transparent_lies_on_white_as_in_a_still(tmp_path, name, how):
+    def fade(picture, k):
+        picture[:] = 200, 40, 40, 255
+        picture[:, 24:48, 3], picture[:, 48:, 3] = 128, 0
+
+    path = write(tmp_path / name, 3, pix="yuva420p", draw=fade, **how)
+    frame = list(decode(path))[1]
+    found = [frame.pixels()[24, column].tolist() for column in (12, 36, 60)]
+    for seen, right in zip(found, ([200, 40, 40], [227, 147, 147], [255] * 3), strict=True):
+        assert seen == pytest.approx(right, abs=4), found
+
+
+def test_two_fields_become_one_picture_of_the_first_moment(tmp_path):
+    def column(picture, at):
+        picture[:] = 16
+        picture[:, at : at + 12] = 235
+
+    def fields(picture, k):
+        column(picture, 6 * k)
+        late = np.empty_like(picture)
+        column(late, 6 * k + 3)
+        picture[::2] = late[::2]  # the odd rows are the first field, as the file says
+
+    path = write(tmp_path / "a.mp4", 9, draw=fields, coder={"x264-params": "bff=1:crf=4"})
+    every, times = list(decode(path)), probe(path).times
+    assert times == pytest.approx([k / 24 for k in range(9)])
+    right = np.empty((48, 72, 3), np.uint8)
+    for k, frame in enumerate(every):
+        column(right, 6 * k)
+        error = np.abs(frame.pixels().astype(int) - right)[2:-2].mean()
+        assert error < 2, (k, error)  # levels; 9 with teeth, 18 of the second moment
+    assert np.array_equal(frame_at(path, times, 5).pixels(), every[5].pixels())
+
+
+def test_notes_without_a_name_do_not_hide_the_orientation(tmp_path):
+    for turn in (1, 3, 6, 8):
+        exif = Image.Exif()
+        exif[0x0112] = turn
+        Image.fromarray(BLOCKS[:48, :72]).save(tmp_path / "a.jpg", exif=exif, subsampling=0)
+        with Image.open(tmp_path / "a.jpg") as image:
+            right = np.asarray(ImageOps.exif_transpose(image)).astype(int)
+        (tmp_path / "a.jpg").rename(tmp_path / "a.mjpeg")  # by its name a film of JPEGs: FFmpeg's
+        (found,) = decode(tmp_path / "a.mjpeg")
+        assert (found.height, found.width) == right.shape[:2]
+        assert np.abs(found.pixels() - right).mean() < 12, turn  # turned wrongly 60 and more
+
+
+@pytest.mark.parametrize("transfer, primaries, beyond", [
+    (16, 9, True), (18, 9, True), (14, 9, True), (1, 12, True), (1, 1, False), (2, 2, False)])
+def test_hdr_and_wide_colours_are_noticed(tmp_path, transfer, primaries, beyond):
+    path = write(tmp_path / "a.mp4", 2, transfer=transfer, primaries=primaries)
+    assert probe(path).beyond_srgb is beyond
 
 
 def test_pixels_that_are_not_square_are_stretched(tmp_path):

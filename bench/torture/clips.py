@@ -178,6 +178,11 @@ def odd(**how: object) -> Callable[[Path], object]:
     return lambda path: write(path, **{"count": 10} | how)
 
 
+def moving(kind: str) -> Callable[[Path], object]:
+    first, *rest = [Image.new("RGB", (72, 48), (20 * k,) * 3) for k in range(9)]
+    return lambda path: first.save(path, kind, save_all=True, append_images=rest, duration=40)
+
+
 def playlist(path: Path) -> None:
     path.write_text("#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n"
                     f"file://{ROOT}/README.md\n")
@@ -188,9 +193,20 @@ CLIPS = [
     clip("sound only", "no video stream", write_sound, quick=True),
     clip("cut off, index first", "cut off", cut(0.8, options={"movflags": "+faststart"}),
          quick=True),
-    clip("cut off, index last", "cannot be decoded", cut(0.8)),
-    clip("the first 100 bytes", "cannot be decoded", cut(0.01)),
-    clip("cut off Matroska", "(cut off|cannot be decoded)", cut(0.6), "a.mkv"),
+    clip("cut off, index last", "cut off", cut(0.8)),
+    clip("the first 100 bytes", "cut off", cut(0.01)),
+    clip("cut off Matroska", "cut off", cut(0.6), "a.mkv"),
+    clip("cut off AVI", "cut off", cut(0.6, codec="mpeg4"), "a.avi"),
+    clip("an animated WebP", "cannot be decoded: .* 9 pictures in one WEBP", moving("WEBP"),
+         "a.webp"),
+    clip("a TIFF of nine pages", "cannot be decoded: .* 9 pictures in one TIFF", moving("TIFF"),
+         "a.tif"),
+    clip("an animated PNG", "", moving("PNG"), "a.png"),
+    clip("a video named as a picture", "",
+         lambda p: write(p.with_suffix(".mp4"), count=10).rename(p), "a.png"),
+    clip("mirrored", "", odd(matrix=[-65536, 0, 0, 0, 65536, 0, 0, 0, 1 << 30])),
+    clip("interlaced", "", odd(coder={"x264-params": "tff=1"})),
+    clip("Matroska that starts late", "", odd(stamps=[3000 + 40 * k for k in range(10)]), "a.mkv"),
     clip("empty", "cannot be decoded", lambda p: p.touch()),
     clip("words", "cannot be decoded", lambda p: p.write_text("not a video\n" * 100)),
     clip("zeros", "cannot be decoded", lambda p: p.write_bytes(bytes(100_000))),

@@ -138,8 +138,8 @@ def rotary_frequencies(count: int, theta: float, device: torch.device | None = N
     the top end they reach 1e4 rad, where float32 steps by 1e-3, so any other rounding shows.
     Returns (count,) float32.
     """
-    exponent = torch.linspace(0.0, 1.0, count, dtype=torch.float64, device=device)
-    return (theta**exponent * (torch.pi / 2)).to(torch.float32)
+    exponent = torch.linspace(0.0, 1.0, count, dtype=torch.float64)  # Apple's GPUs have no float64
+    return (theta**exponent * (torch.pi / 2)).to(device, torch.float32)
 
 
 def rotary_tables(

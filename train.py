@@ -29,7 +29,7 @@ Read next: common/files.py
 from __future__ import annotations
 
 import argparse
-import os
+import math
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -46,7 +46,15 @@ from augment import AugmentStrength, augment_reference
 from clips.cache import identity
 from clips.dataset import Batch, Order, PerClip, add_data_arguments, check_batch, shard_indices
 from clips.face import FaceNet, faces_of, load_facenet, usable_landmarks
-from common.cli import DefaultsFormatter, Parser, check_folder, check_ranges, command
+from common.cli import (
+    DEVICES,
+    DefaultsFormatter,
+    Parser,
+    check_folder,
+    check_ranges,
+    command,
+    find_device,
+)
 from common.seeds import seeded
 from losses import (
     IDENTITY_MAX_SIGMA,
@@ -68,14 +76,15 @@ from reference import Reference, encode_reference, predict_velocity, unpatchify
 from rope import PLACEMENTS, Layout
 from toy.clips import open_data
 from training.optim import EMA, KEEP_FROM_MUON, MuonAdamW, schedule, split_parameters
-from training.run import Run, check_finite
+from training.run import Run, begun_with, check_finite
 from training.validate import draw_curves, sample_clips, validate
 from training.workers import (
     all_reduce,
     average_gradients,
     can_shard,
-    device_name,
+    choose_precision,
     full_tensor,
+    gather,
     settle_thread,
     shard,
     start_workers,
@@ -115,7 +124,8 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--optimizer", choices=["adamw", "muon"],
         help="LTX-2.3: AdamW. Muon (training/optim.py) needs --full, and is usual with it on the "
              "world")
-    add("--precision", choices=["bf16", "fp32"], default="bf16", help="LTX-2.3: bf16 mixed")
+    add("--precision", choices=["bf16", "fp32"],
+        help="LTX-2.3: bf16 mixed; on a CPU by default what is faster there")
     add("--gradient-checkpointing", action=switch,
         help="recompute blocks: slower, far less memory; on, as in LTX-2.3, except on the world")
     # our reading: InstructPix2Pix drops 5 % each; text_first guidance needs v_0 and v_T most
@@ -130,6 +140,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--w-face", type=float, default=1.0, help="weight of the face-weighted loss, 0 = off")
     add("--w-id", type=float, default=0.1, help="weight of the identity loss, 0 = off")
     # How it is run.
+    add("--device", choices=DEVICES, default="auto", help="CUDA where it is, else cpu; or mps")
     add("--seed", type=int, default=0)
     add("--parallel", choices=["fsdp", "ddp"], default="fsdp",
         help="several processes: shards or copies (training/workers.py)")
@@ -193,7 +204,7 @@ def make_optimizer(args: argparse.Namespace, named: dict[str, nn.Parameter]) -> 
     if args.optimizer == "muon":
         lr = 1e-3 if args.lr is None else args.lr
         parts = split_parameters(named, KEEP_FROM_MUON)
-        return MuonAdamW(*parts, lr_matrix=3 * lr, lr_other=lr)
+        return MuonAdamW(*parts, lr_matrix=3 * lr, lr_other=lr, precision=args.precision)
     lr = args.lr if args.lr is not None else 1e-5 if args.full else 2e-4
     return MuonAdamW({}, named, lr_other=lr, betas=(0.9, 0.999), weight_decay=0.01)
 
@@ -310,9 +321,10 @@ def identity_term(args: argparse.Namespace, frozen: Frozen, x0: Tensor, batch: B
     return identity_loss(net, crops, person, torch.ones_like(judged, dtype=torch.bool))
 
 
-def applies(batch: Batch, draws: Draws) -> Tensor:
-    """How many clips each loss is a mean over, (3,): all, with a face, judged."""
+def applies(args: argparse.Namespace, batch: Batch, draws: Draws) -> Tensor:
+    """How many clips each loss is a mean over, (3,): all, with a face, judged. 0: switched off."""
     with_face, judged = (batch.face.sum(dim=1) > 0).sum(), (draws.frame >= 0).sum()
+    with_face = with_face * (args.w_face > 0)
     return torch.tensor([len(batch), with_face, judged], dtype=torch.float32)
 
 
@@ -325,7 +337,7 @@ def begin(args: argparse.Namespace, model: VideoTransformer, clips: str, world_s
     named = {k: p for k, p in model.named_parameters() if p.requires_grad}
     free = ("steps", "minutes", "compile", "out", "save_seconds", "batch", "accumulate", "parallel",
             "cache", "validate_every", "gradient_checkpointing", "validation", "manifest", "root",
-            "allow_outside", "offload_text", "checkpoint", "gemma_root", "face")
+            "allow_outside", "offload_text", "checkpoint", "gemma_root", "face", "device")
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()
                 if k not in free}
     # However the clips of a step are shared out, it is the same step.
@@ -342,10 +354,10 @@ def descend(args: argparse.Namespace, batch: Batch, draws: Draws, compute: Calla
             world_size: int) -> tuple[list[float], Tensor]:
     """Gradients of one step, --batch clips at a time. Returns the three losses as means over
     everybody that has them, and how many those are, (3,)."""
-    counts, terms = all_reduce(applies(batch, draws)), torch.zeros(3)
+    counts, terms = all_reduce(applies(args, batch, draws)), torch.zeros(3)
     for a in range(0, len(batch), args.batch):
         part, drawn = batch.part(a, a + args.batch), draws.part(a, a + args.batch)
-        weights = applies(part, drawn) / counts.clamp(min=1)  # this part's share in the mean
+        weights = applies(args, part, drawn) / counts.clamp(min=1)  # this part's share in the mean
         found = torch.stack(compute(part, drawn))                                 # (3,)
         # times world_size: gradients will be averaged over processes, these are parts of one sum
         fm, face, identity = found * weights.to(found) * world_size
@@ -363,7 +375,7 @@ def held_out_losses(args: argparse.Namespace, compute: Callable) -> Callable:
 
     def look(batch: Batch, generators: list[Generator]) -> tuple[Tensor, Tensor]:
         draws = draw(plain, batch, generators)
-        return torch.stack(compute(batch, draws)[:2]).cpu(), applies(batch, draws)[:2]
+        return torch.stack(compute(batch, draws)[:2]).cpu(), applies(args, batch, draws)[:2]
     return look
 
 
@@ -377,9 +389,9 @@ def save_result(args: argparse.Namespace, run: Run, model: VideoTransformer) -> 
     with run.ema_weights():
         if not args.full:
             path = args.out / "lora.safetensors"
-            save_lora(path, model, metadata, torch.bfloat16, full_tensor, write=run.rank == 0)
+            save_lora(path, model, metadata, torch.bfloat16, gather, write=run.rank == 0)
             return path
-        trained = {TRANSFORMER_PREFIX + k: full_tensor(p.detach()).cpu().bfloat16()
+        trained = {TRANSFORMER_PREFIX + k: gather(p).bfloat16()
                    for k, p in model.named_parameters()}
     if run.rank == 0:
         save_changed(args.out / "model.safetensors", args.checkpoint, trained, metadata)
@@ -390,10 +402,13 @@ def train(args: argparse.Namespace) -> None:
     """The whole run: check, load, step by step to the end, save."""
     check_arguments(args)
     rank, world_size = start_workers()
-    device = device_name()
-    if device == "cpu":
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-        torch.set_flush_denormal(True)
+    device = find_device(args.device)
+    if world_size > 1 and device != find_device():
+        raise ValueError(f"expected --device auto with several processes, got {device}; leave it "
+                         "out")
+    torch.set_flush_denormal(True)  # denormal numbers can slow a CPU tenfold
+    args.precision = choose_precision(args.precision or begun_with(args.out).get("precision"),
+                                      device)  # a run keeps its own
     torch.manual_seed(args.seed)
     config = read_metadata(args.checkpoint)["config"]
     # paper: the VAE is frozen; gradients of the identity loss pass through it
@@ -438,8 +453,10 @@ def train(args: argparse.Namespace) -> None:
         model.zero_grad(set_to_none=True)
         run.ema.update(run.model, step)
         with_face, with_id = (counts[1:] / counts[0]).tolist()  # a missing face shows here
-        run.record(loss=fm + args.w_face * face + args.w_id * identity, fm=fm, face=face,
-                   id=identity, lr=rate(args, step) * run.optimizer.lr_other, gradient=norm,
+        # A loss that nobody has is not 0, which would look perfect: it is left out of the log.
+        run.record(loss=fm + args.w_face * face + args.w_id * identity, fm=fm,
+                   face=face if with_face else math.nan, id=identity if with_id else math.nan,
+                   lr=rate(args, step) * run.optimizer.lr_other, gradient=norm,
                    with_face=with_face, with_id=with_id)
         if (step + 1) % args.validate_every == 0 or step + 1 == args.steps:
             run.report(step + 1, samples)

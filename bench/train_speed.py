@@ -27,10 +27,10 @@ SWITCHES = {"trained": {"LoRA": [], "all weights": ["--full"]},
 def measure(flags: list[str], steps: int, batch: int) -> tuple[float, float]:
     """(samples per second from step 10 on, GB)."""
     with tempfile.TemporaryDirectory() as out:
-        words = ["--steps", steps + 1, "--batch", batch, "--out", out,
+        words = ["--steps", steps + 1, "--batch", batch, "--out", out, "--precision", "bf16",
                  "--validate-every", 10**9, *flags]
         done = subprocess.run([sys.executable, "train.py", *map(str, words)], cwd=ROOT, text=True,
-                              capture_output=True)
+                              capture_output=True, env={"OMP_NUM_THREADS": "1", **os.environ})
         if done.returncode:
             raise SystemExit(done.stderr[-500:])
         log = {line["step"]: line for line in read_log(Path(out) / "log.jsonl")}

@@ -56,7 +56,7 @@ from clips.frames import (
 )
 from clips.pictures import Unusable, open_picture
 from common.cli import Parser, command
-from common.files import one_line, parse_json, read_text
+from common.files import find_file, one_line, parse_json, read_text
 
 FIELDS = ("video", "media_path", "caption", "reference", "identity", "faces")
 LONGEST = 100_000  # our reading: characters of a field; LTX-2.3 reads 1024 tokens
@@ -305,11 +305,11 @@ def _texts(data):
 
 def _locate(name, folders, allow_outside):
     try:
-        path = (folders[0] / name).resolve()
+        path = find_file(folders[0], name).resolve()
     except (OSError, ValueError, RuntimeError) as error:  # a loop of links, a zero byte
         raise Unusable("missing file", f"{name}: {error}") from None
     if not allow_outside:
-        if ".." in Path(name).parts:
+        if ".." in name.replace("\\", "/").split("/"):
             raise Unusable("path outside", f"{name} contains ..")
         if not any(path.is_relative_to(folder) for folder in folders):
             raise Unusable("path outside", f"{name} leads to {path}; name its folder with --root")

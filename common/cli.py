@@ -28,12 +28,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
+import torch
 from safetensors import SafetensorError
 
 from common.files import one_line
 
 MOST_TOLD = 500  # characters of an error line: fits a screen
 BROKEN_PIPE = 141  # 128 + SIGPIPE, a signal that Windows has not
+DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
 def warn(text: str) -> None:
@@ -79,6 +81,19 @@ def check_ranges(args: argparse.Namespace, ranges: dict[str, tuple[float, float]
                                  f"{high:g}, got {value}; see --help")
 
 
+def find_device(asked: str = "auto") -> str:
+    """What PyTorch calls the device: "auto" is a CUDA card where there is one, else the CPU; "mps",
+    Apple's GPU, comes only when asked for. Raises ValueError for one that this machine lacks."""
+    there = {"cpu": True, "cuda": torch.cuda.is_available(),
+             "mps": torch.backends.mps.is_available()}
+    if asked == "auto":
+        return "cuda" if there["cuda"] else "cpu"
+    if not there[asked]:
+        raise ValueError(f"expected a device for {asked} on this machine, got none; use --device "
+                         "cpu")
+    return asked
+
+
 def check_folder(folder: Path) -> None:
     """Raise ValueError unless files can be written there, or the folder can be made: now, and not
     after the first hour."""
@@ -96,6 +111,12 @@ def check_file(path: Path, ending: str) -> None:
     if path.suffix.lower() != ending or path.is_dir():
         raise ValueError(f"expected a file name that ends in {ending}, got {path}; choose another")
     check_folder(path.parent)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory, a card's or the computer's, did not suffice; PyTorch has no type for both."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError)
+                                              and "memory" in str(error))
 
 
 @contextmanager
@@ -141,7 +162,7 @@ def command(name: str, work: Callable[[], object], stopped: str = "the same comm
         told = f"stopped; {stopped}"
     except (ValueError, OSError, SafetensorError, MemoryError, RuntimeError) as error:
         status, told = 2, one_line(error, MOST_TOLD)
-        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in told):
+        if out_of_memory(error):
             told = f"expected enough memory for this size, got too little; {smaller}"
         elif isinstance(error, RuntimeError):
             raise  # a mistake of ours, which needs its traceback

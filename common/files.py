@@ -19,6 +19,7 @@ import json
 import os
 import secrets
 import time
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,17 @@ def one_line(told: object, most: int = 160) -> str:
     """What a file, a name or a library says, as one short line that cannot steer a terminal."""
     line = " ".join("".join(c if c.isprintable() else " " for c in str(told)).split())
     return line if len(line) <= most else f"{line[: most // 2]} ... {line[-most // 3 :]}"
+
+
+def find_file(folder: Path, name: str) -> Path:
+    """The path that a list means by a name, wherever it was written: Windows parts folders by a
+    backslash, macOS takes accented letters apart (NFD). As it stands when there is no such file."""
+    for spelled in (name, name.replace("\\", "/")):
+        for form in ("NFC", "NFD"):
+            for tried in (spelled, unicodedata.normalize(form, spelled)):
+                if os.path.lexists(folder / tried):
+                    return folder / tried
+    return folder / name
 
 
 def read_text(path: Path) -> str:

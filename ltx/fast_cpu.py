@@ -6,6 +6,10 @@ operation while it is on and replaces just these, so that no model has to know a
 sampling is meant: with gradients or torch.compile everything passes through untouched, under
 autocast everything but attention.
 
+The failure this prevents: what is faster on one processor being taken for faster on all. oneDNN is
+missing from some builds of PyTorch, and most processors have no bf16 units: there a product in bf16
+takes up to two hundred times as long as in float32. So both are tried, once in a process.
+
 our reading: all of it; LTX-2.3 and ST-DRC (arXiv 2606.02441) say nothing of this. What each trick
   gains: `python -m bench.speed`.
 
@@ -17,7 +21,9 @@ Conventions. Off: leave it out. On a GPU it does nothing. Arguments are PyTorch'
 Read next: ltx/plan.py
 """
 
+import functools
 import itertools
+import time
 from typing import Any
 
 import torch
@@ -26,6 +32,39 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 SCORES = 2**20  # attention scores at a time: few enough to stay in a processor's cache
+PROBE = 512     # rows of the matrices that are timed: large enough to be about arithmetic
+
+
+@functools.cache
+def bf16_time() -> float:
+    """How long a matrix product takes in bf16 on this CPU, as a multiple of float32's time.
+
+    About 0.3 with bf16 units (avx512_bf16, amx), 3 to 200 without. The best of three turns each.
+    """
+    best = {}
+    with torch.autocast("cpu", enabled=False):  # which would make both products the same
+        for _ in range(3):
+            for dtype in (torch.float32, torch.bfloat16):
+                x = torch.ones(PROBE, PROBE, dtype=dtype)
+                start = time.perf_counter()
+                x @ x
+                best[dtype] = min(time.perf_counter() - start, best.get(dtype, float("inf")))
+    return best[torch.bfloat16] / best[torch.float32]
+
+
+@functools.cache
+def has_onednn() -> bool:
+    """Whether this build of PyTorch has the two operations below, by trying them.
+
+    torch.backends.mkldnn.enabled does not tell: it is a switch, and on even where oneDNN is absent.
+    """
+    x = torch.ones(1, 1, 1, 1, 1)
+    try:
+        torch.ops.mkldnn._linear_pointwise(x, x[0, 0, 0], None, "none", [], "")
+        torch.mkldnn_convolution(x, x, None, (0, 0, 0), (1, 1, 1), (1, 1, 1), 1)
+    except (AttributeError, RuntimeError):  # no such name; a name with nothing behind it
+        return False
+    return True
 
 
 class FastCPU(TorchFunctionMode):
@@ -49,7 +88,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     processor. The operation that PyTorch's own compiler puts in its place goes to oneDNN, which
     uses all of it: 210 against 460 GFLOP/s on two Zen 5 cores.
     """
-    if not x.dtype == weight.dtype == torch.float32 or not torch.backends.mkldnn.enabled:
+    if not x.dtype == weight.dtype == torch.float32 or not torch.backends.mkldnn.enabled \
+            or not has_onednn():
         return F.linear(x, weight, bias)
     bias = None if bias is None else bias.contiguous()  # oneDNN does not look at its stride
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
@@ -61,9 +101,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None,
 
     PyTorch's fused attention makes no use of a processor's bf16 units; the three steps written out
     take half to a third of its time. What that costs: scores are rounded before the softmax, and
-    the bf16 error of the bundled model's velocity becomes 1.28 % instead of 1.22 %.
+    the bf16 error of the bundled model's velocity becomes 1.28 % instead of 1.22 %. Without bf16
+    units the fused one is faster: it computes in float32.
     """
-    if q.dtype != torch.bfloat16 or attn_mask is not None or options:
+    if q.dtype != torch.bfloat16 or attn_mask is not None or options or bf16_time() > 1:
         return F.scaled_dot_product_attention(q, k, v, attn_mask, **options)
     (B, nh, N, hd), M = q.shape, k.shape[2]
     q = (q * hd**-0.5).reshape(B * nh, N, hd)
@@ -83,7 +124,7 @@ def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: tuple 
     PyTorch takes a plain loop for one small float32 clip, several times slower than oneDNN.
     """
     if not x.dtype == weight.dtype == torch.float32 or not torch.backends.mkldnn.enabled \
-            or x.shape[0] != 1 or x.numel() <= weight.numel():
+            or x.shape[0] != 1 or x.numel() <= weight.numel() or not has_onednn():
         return F.conv3d(x, weight, bias, stride, padding, dilation, groups)
     bias = None if bias is None else bias.contiguous()
     return torch.mkldnn_convolution(x, weight, bias, padding, stride, dilation, groups)

@@ -15,6 +15,7 @@ our reading: the default reference scale; ST-DRC (arXiv 2606.02441) gives no num
 Read next: ltx/options.py
 """
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -155,16 +156,20 @@ def known_phrases(path: str | os.PathLike, loras: Sequence[tuple[str, float]]) -
     return phrases
 
 
+def machine_memory() -> float:
+    """Bytes of the computer's memory; without bound on Windows, where Python does not tell."""
+    if not hasattr(os, "sysconf"):
+        return math.inf
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def check_memory(config: dict, vae: VideoVAE, layout: Layout, dtype: torch.dtype, device: str
                  ) -> None:
     """Refuse a size that cannot fit before anything of it is allocated: the system would kill us
     without a word."""
+    there = machine_memory()
     if device == "cuda":
         there = torch.cuda.get_device_properties(0).total_memory
-    elif hasattr(os, "sysconf"):
-        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    else:
-        return  # Windows does not tell
     least = plan.least_bytes(config, vae, (layout.F, layout.H, layout.W), dtype)
     part = max(least, key=least.get)
     if least[part] > there:

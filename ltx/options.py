@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common.cli import Parser, check_ranges, warn
+from common.cli import DEVICES, Parser, check_ranges, find_device, warn
 from common.files import one_line
 from guidance import ORDERS
 from ltx.load import INFERENCE, guidance_from, known_phrases, trained_placement
@@ -96,9 +96,9 @@ def build_parser() -> Parser:
     add("--offload-text", choices=OFFLOADS, help="the same for the text model (default: --offload)")
     add("--quantization", choices=("none", "fp8-cast"), default="none",
         help="fp8-cast: one byte per number of the transformer's matrices (default: %(default)s)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
+    add("--device", choices=DEVICES, default="auto", help="(default: CUDA where it is, else cpu)")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
-        help="(default: float32 on CPU, else bfloat16)")
+        help="(default: bfloat16 on CUDA, else float32)")
     add("--dry-run", action="store_true", help="check everything, print the settings, stop")
     add("--plan", action="store_true", help="print what fits on which card, and why; loads nothing")
     return parser
@@ -148,12 +148,11 @@ def check_numbers(args: argparse.Namespace, num_layers: int) -> None:
 
 def resolve_machine(args: argparse.Namespace) -> None:
     """Device and number type, with the reason for each."""
-    there = torch.cuda.is_available()
-    if args.device == "cuda" and not there:
-        raise ValueError("expected a CUDA device, got none on this machine; use --device cpu")
     asked = {name: getattr(args, name) != "auto" for name in ("device", "dtype")}
-    if not asked["device"]:
-        args.device = "cuda" if there else "cpu"
+    args.device = find_device(args.device)
+    if args.device == "mps" and args.quantization != "none":
+        raise ValueError(f"expected --quantization none on mps, which has no float8, got "
+                         f"{args.quantization}; leave it out")
     if not asked["dtype"]:
         args.dtype = "bfloat16" if args.device == "cuda" else "float32"
     args.torch_dtype = getattr(torch, args.dtype)

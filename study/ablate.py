@@ -255,7 +255,7 @@ def score(args: argparse.Namespace) -> bool:
     found = score_run(task, args)
     if task.part != "guidance":
         training = max(line["seconds"] for line in plot.read_log(folder / "log.jsonl"))
-        flags = [word.removeprefix(f"{HERE}/") for word in train_flags(task, args)]
+        flags = [word.removeprefix(f"{HERE}{os.sep}") for word in train_flags(task, args)]
     write_json(task.result(args.folder), {
         "arguments": {"variant": task.variant, "seed": task.seed, "part": task.part,
                       "scales": task.scales, **shared, "train.py": flags},

@@ -46,12 +46,18 @@ from clips.frames import Bucket, Crop, Frame, decode, decode_still, probe
 from clips.manifest import Faces, faces_for_clip, load_faces
 from clips.video import picks, save_sheet
 from common.cli import Parser, check_file, check_folder, check_ranges, command
-from common.files import read_json, write_json
+from common.files import find_file, read_json, write_json
 from common.seeds import seeded
 from guidance import ORDERS
 from ltx.checkpoint import read_metadata
 from ltx.fast_cpu import FastCPU
-from ltx.load import guidance_from, layout_from, load_transformer, read_inference
+from ltx.load import (
+    guidance_from,
+    layout_from,
+    load_transformer,
+    machine_memory,
+    read_inference,
+)
 from ltx.text import TextEncoder
 from ltx.vae import VideoVAE, psnr
 from model import ltx_sigmas
@@ -131,7 +137,7 @@ class Models:
         self.placement = metadata.get("reference_placement", "tass")
         self.numbers = read_inference(self.config, checkpoint)
         self.transformer = load_transformer(checkpoint, dtype=torch.float32)
-        self.vae = VideoVAE.load(checkpoint, torch.float32)
+        self.vae = VideoVAE.load(checkpoint, dtype=torch.float32)
         self.text = TextEncoder.load(checkpoint, gemma_root, "cpu", torch.float32)
 
 
@@ -258,7 +264,7 @@ def report(record: dict) -> str:
 
 def arguments_of(args: argparse.Namespace) -> dict[str, str]:
     """For a record. Files of this repository are named from its top: it tells of no machine."""
-    return {name: str(value).removeprefix(f"{HERE}/") for name, value in vars(args).items()}
+    return {name: str(value).removeprefix(f"{HERE}{os.sep}") for name, value in vars(args).items()}
 
 
 def check_numbers(args: argparse.Namespace) -> None:
@@ -266,7 +272,7 @@ def check_numbers(args: argparse.Namespace) -> None:
     check_ranges(args, {"people": (2, 1e6), "prompts": (1, 1e6), "num_inference_steps": (1, 10_000),
                         "text_scale": (0, 1000), "ref_scale": (0, 1000), "rescale": (0, 1),
                         "guide_range": (0, 1), "guide_every": (1, 10_000), "seed": (0, 2**62)})
-    has = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+    has = machine_memory() / 1e9
     clips = args.people * args.prompts
     if (needs := clips * GB_PER_CLIP) > has:
         raise ValueError(f"expected as many clips as fit into the {has:.0f} GB of memory, got "
@@ -391,7 +397,8 @@ def score_folder(args: argparse.Namespace) -> None:
     # A name with a dot in front is a file that sample.py is still writing.
     videos = sorted(p for p in args.videos.iterdir() if p.suffix.lower() in VIDEOS
                     and p.name[0] != ".")
-    files = [(args.faces_folder or p.parent) / f"{p.stem}.json" for p in (args.ref, *videos)]
+    files = [find_file(args.faces_folder or p.parent, f"{p.stem}.json")
+             for p in (args.ref, *videos)]
     if not videos or len(set(files)) < len(files):
         raise ValueError(f"expected videos ({' '.join(sorted(VIDEOS))}) in {args.videos} and one "
                          f"faces file for each and for the picture, got {len(videos)} videos, "

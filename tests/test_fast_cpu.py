@@ -3,6 +3,8 @@
 Hardware: CPU, seconds. Run: python -m pytest tests/test_fast_cpu.py
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -59,6 +61,7 @@ def run(call, fast: bool = True) -> tuple[torch.Tensor, str]:
 @pytest.mark.parametrize("name, autocast", [*((n, False) for n in CALLS), ("attention", True)])
 def test_the_faster_way_is_taken_and_gives_the_plain_numbers(name, autocast, monkeypatch):
     monkeypatch.setattr(fast_cpu, "SCORES", 33 * 64)  # attention in several pieces of 64 rows
+    monkeypatch.setattr(fast_cpu, "bf16_time", lambda: 0.4)
     call, operation = CALLS[name]
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         (plain, usual), (found, taken) = run(call, fast=False), run(call)
@@ -85,6 +88,36 @@ def test_everything_else_passes_through_untouched(name):
                 assert same(), "without oneDNN"
             with torch.autocast("cpu", torch.bfloat16):
                 assert same(), "under autocast"
+
+
+def absent(*args):
+    """What an operation says that has a name in this build of PyTorch, and nothing behind it."""
+    raise RuntimeError("mkldnn_convolution_forward: ATen not compiled with MKLDNN support")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("missing", ["names", "code"])
+@pytest.mark.parametrize("name", ["linear", "conv3d"])
+def test_a_build_without_onednn_takes_the_plain_way(name, missing, monkeypatch):
+    """Apple's builds have no such operations, though their switch, mkldnn.enabled, is on."""
+    plain = CALLS[name][0]()
+    if missing == "names":
+        monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())
+        monkeypatch.delattr(torch, "mkldnn_convolution")
+    else:
+        monkeypatch.setattr(torch, "mkldnn_convolution", absent)
+    fast_cpu.has_onednn.cache_clear()
+    try:
+        assert mkldnn.enabled and torch.equal(run(CALLS[name][0])[0], plain)
+    finally:
+        fast_cpu.has_onednn.cache_clear()
+
+
+@torch.no_grad()
+def test_a_processor_without_bf16_units_keeps_the_fused_attention(monkeypatch):
+    monkeypatch.setattr(fast_cpu, "bf16_time", lambda: 34.0)
+    plain, usual = run(CALLS["attention"][0], fast=False)
+    assert run(CALLS["attention"][0])[1] == usual
 
 
 @torch.no_grad()

@@ -16,6 +16,22 @@ from safetensors.numpy import save_file
 from common import files
 
 
+def test_a_name_from_another_system_finds_its_file(tmp_path):
+    """Backslashes of Windows; letters composed there, taken apart on a Mac's disk, and back."""
+    composed, apart = "B\u00e9a.mp4", "Be\u0301a.mp4"
+    for name in ("clips/plain.mp4", f"clips/{apart}", f"both/{apart}", f"both/{composed}",
+                 f"alone/{composed}", "back\\slash.mp4"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    for given, found in (("clips\\plain.mp4", "clips/plain.mp4"),
+                         (f"clips\\{composed}", f"clips/{apart}"),
+                         (f"alone/{apart}", f"alone/{composed}"),
+                         (f"both/{composed}", f"both/{composed}"),
+                         (f"both/{apart}", f"both/{apart}"),
+                         ("back\\slash.mp4", "back\\slash.mp4"), ("none\\x.mp4", "none\\x.mp4")):
+        assert str(files.find_file(tmp_path, given)) == f"{tmp_path}/{found}"
+
+
 def test_a_file_is_written_under_a_hidden_name_in_its_folder_and_renamed(tmp_path):
     target, seen = tmp_path / "new" / "a.tar.gz", []
 

@@ -25,7 +25,7 @@ def estimator():
 def views():
     """Pictures, poses and presence of 80 people."""
     vae = VideoVAE.load(WEIGHTS / "model.safetensors", dtype=torch.float32)
-    return head.head_views(world.people("val", 80), vae, seeded(1))
+    return head.head_views(world.people("val", 80), vae, seeded(1), "bf16")
 
 
 def test_the_bundled_estimator_reads_poses_and_presence_of_people_it_never_saw(estimator, views):
@@ -57,7 +57,7 @@ def test_every_fourth_view_shows_no_face_and_half_went_through_the_vae(views):
 
         def decode(self, latent):
             return latent * 0 + 0.5
-    grey = head.head_views(person, Vae(), seeded(1))[0]
+    grey = head.head_views(person, Vae(), seeded(1), "bf16")[0]
     assert seen == [(4, 3, 1, 64, 64)], "as clips of one frame"
     middle = grey.mean(dim=(1, 2, 3))
     assert (middle[:4] - 0.5).abs().max() < 0.02 and (middle[4:] - 0.5).abs().min() > 0.02

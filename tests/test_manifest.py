@@ -116,6 +116,15 @@ def test_no_path_leads_out_of_the_folder_unless_it_is_allowed(tmp_path):
     assert reasons(check(odd, SMALL).refused) == ["missing file"] * 3
 
 
+def test_names_may_come_from_windows_or_from_a_mac(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "Be\u0301a.mp4").touch()
+    row = {"video": "sub\\B\u00e9a.mp4", "faces": "sub/B\u00e9a.mp4", "caption": "x"}
+    found, outside = read(manifest(tmp_path, row, {**row, "video": "sub\\..\\sub\\B\u00e9a.mp4"}))
+    assert found.video == found.faces == (tmp_path / "sub" / "Be\u0301a.mp4").resolve()
+    assert reasons([outside]) == ["path outside"]
+
+
 def broken_files(folder: Path) -> list[tuple[dict, str]]:
     """Rows and the reason why each is not used."""
     write(folder / "good.mp4", options={"movflags": "+faststart"})

@@ -27,6 +27,7 @@ from tiny import SIZES, write_tiny
 
 import sample
 import train
+from augment import AugmentStrength
 from bench.clip_world import write_clips
 from clips.dataset import Order, open_manifest
 from clips.face import FaceNet
@@ -271,15 +272,31 @@ def test_the_loss_falls_on_the_clips_it_is_trained_on(trained):
 # ------------------------------------------------------------ faces, or none
 
 
-def test_without_faces_files_both_face_losses_are_zero_and_training_goes_on(bench, tmp_path):
-    assert command(words(bench, tmp_path, "--steps", 4, manifest="no-faces")) == 0
-    (line,) = log_of(tmp_path)
-    assert [line[name] for name in ("with_face", "with_id", "face", "id")] == [0, 0, 0, 0]
+@pytest.mark.parametrize(
+    ("manifest", "off"), [("no-faces", ()), ("manifest", ("--w-face", 0, "--w-id", 0))]
+)
+def test_a_loss_that_nobody_has_is_no_number_in_the_log(bench, tmp_path, manifest, off):
+    """Without faces files, and switched off: 0 would be a perfect face. Training goes on."""
+    looked_at = bench / "clips" / f"{manifest}.jsonl"
+    arguments = ("--steps", 4, *off, "--validation", looked_at)
+    assert command(words(bench, tmp_path, *arguments, manifest=manifest)) == 0
+    line, looked = log_of(tmp_path)
+    assert not {"face", "id"} & set(line) and line["with_face"] == line["with_id"] == 0
+    assert set(looked) == {"step", "seconds", "val_fm"}
     assert (
         line["loss"] == line["fm"] > 0
         and line["gradient"] > 0
         and (tmp_path / "lora.safetensors").exists()
     )
+
+
+@pytest.mark.parametrize("family", ["color", "pose", "layout"])
+def test_what_augmentation_refuses_is_refused_before_the_first_step(bench, tmp_path, family):
+    arguments = words(bench, tmp_path, f"--augment-{family}", 2.01)
+    with pytest.raises(ValueError, match=f"--augment-{family} between 0 and 2, got 2.01"):
+        train.check_arguments(parsed(arguments))
+    train.check_arguments(parsed([*arguments, f"--augment-{family}", "2"]))
+    AugmentStrength(**{family: 2.0})
 
 
 def test_with_faces_in_some_rows_the_log_says_how_often_each_loss_applied(bench, tmp_path):

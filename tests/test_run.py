@@ -16,13 +16,13 @@ from training.optim import EMA, MuonAdamW, schedule, split_parameters
 from training.run import Run, check_finite, descend, load_state
 
 
-def toy_run(folder, minutes, save_seconds=120, keep=2, during=lambda step: None):
+def toy_run(folder, until=30, save_seconds=120, keep=2, during=lambda step: None, minutes=9):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
     named = dict(model.named_parameters())
     optimizer = MuonAdamW(*split_parameters(named, keep_out=("2.",)))
     run = Run(folder, named, optimizer, EMA(named), keep=keep)
-    for step in run.steps(30, minutes, 4, "toy", save_seconds):
+    for step in run.steps(until, minutes, 4, "toy", save_seconds):
         during(step)
         x = torch.randn(4, 6, generator=seeded(0, step, run.rank))
         loss = (model(x) - x[:, :2]).square().mean()
@@ -36,7 +36,7 @@ def toy_run(folder, minutes, save_seconds=120, keep=2, during=lambda step: None)
 def straight(tmp_path_factory):
     """Folder and weights of a run that nobody stopped."""
     folder = tmp_path_factory.mktemp("straight")
-    return folder, toy_run(folder, minutes=9)[1]
+    return folder, toy_run(folder)[1]
 
 
 def same(weights, others):
@@ -48,20 +48,20 @@ def same(weights, others):
 
 def test_an_interrupted_run_ends_at_the_same_weights_bit_for_bit(straight, tmp_path):
     stops = []
-    for _ in range(3):  # minutes=0 stops, and saves, after every tenth step
-        run, weights = toy_run(tmp_path, minutes=0)
+    for until, minutes in ((10, 9), (30, 0), (30, 0), (30, 9)):  # no time: one step, no fewer
+        run, weights = toy_run(tmp_path, until, minutes=minutes)
         stops.append(run.done)
-    assert stops == [10, 20, 30] and same(straight[1], weights)
+    assert stops == [10, 11, 12, 30] and same(straight[1], weights)
     a, b = (load_state(x / "state-00000030.safetensors")[0] for x in (straight[0], tmp_path))
     assert a.keys() == b.keys() and same(a, b)
     assert len(list(tmp_path.glob("state-*"))) == 2, "the newest two are kept"
 
 
 def test_a_damaged_state_is_passed_over_and_pushes_out_none_that_can_be_read(tmp_path, capsys):
-    for _ in range(2):
-        toy_run(tmp_path, minutes=0)
+    for until in (10, 20):
+        toy_run(tmp_path, until)
     (tmp_path / "state-00000020.safetensors").write_bytes(b"half a state")
-    run = toy_run(tmp_path, minutes=0, keep=1)[0]
+    run = toy_run(tmp_path, 20, keep=1)[0]
     assert run.done == 20 and capsys.readouterr().err.count("cannot be read") == 1
     (tmp_path / "state-00000025.safetensors").write_bytes(b"half a state")
     run.done = 21
@@ -106,7 +106,7 @@ def test_files_are_told_by_what_they_hold_and_not_by_where_they_lie(tmp_path, ca
 
 
 def test_a_state_that_is_no_number_never_replaces_a_good_one(tmp_path):
-    run, _ = toy_run(tmp_path, minutes=0, keep=1)
+    run, _ = toy_run(tmp_path, 10, keep=1)
     with torch.no_grad():
         run.model["0.weight"][0, 1] = float("inf")
     run.done = 11
@@ -118,7 +118,7 @@ def test_a_state_that_is_no_number_never_replaces_a_good_one(tmp_path):
 def test_what_a_kill_left_of_a_state_is_cleared_away(tmp_path):
     for name in (f".state-00000010.{'0a' * 8}.tmp.safetensors", ".tmpa1B2c3", "mine.tmp"):
         (tmp_path / name).write_bytes(b"half")
-    toy_run(tmp_path, minutes=0)
+    toy_run(tmp_path, 10)
     assert {path.name for path in tmp_path.iterdir()} == {
         "state-00000010.safetensors", "log.jsonl", "mine.tmp"}
 
@@ -130,10 +130,10 @@ def test_what_a_kill_left_of_a_state_is_cleared_away(tmp_path):
 def test_a_signal_ends_the_run_after_the_step_that_is_computed(straight, tmp_path, number, capsys):
     before = signal.getsignal(number)
     with pytest.raises(SystemExit) as stopped:
-        toy_run(tmp_path, 9, during=lambda step: step == 7 and os.kill(os.getpid(), number))
+        toy_run(tmp_path, during=lambda step: step == 7 and os.kill(os.getpid(), number))
     assert stopped.value.code == 128 + number and signal.getsignal(number) is before
     assert "stopped after step 8 of 30, everything is saved" in capsys.readouterr().err
-    assert same(straight[1], toy_run(tmp_path, 9)[1])
+    assert same(straight[1], toy_run(tmp_path)[1])
 
 
 @pytest.mark.parametrize("save_seconds", [0, 1e9])
@@ -146,22 +146,22 @@ def test_a_run_that_dies_without_a_word_loses_nothing(straight, tmp_path, save_s
         if step == 17:
             raise Killed
     with pytest.raises(Killed):
-        toy_run(tmp_path, 9, save_seconds, during=die)
+        toy_run(tmp_path, 30, save_seconds, during=die)
     assert bool(list(tmp_path.glob("state-*"))) == (save_seconds == 0)
-    assert same(straight[1], toy_run(tmp_path, minutes=9)[1])
+    assert same(straight[1], toy_run(tmp_path)[1])
 
 
 # ------------------------------------------------------------ log, averages, bad numbers
 
 
 def test_the_log_goes_on_where_the_state_is_and_a_line_cut_off_by_a_kill_is_dropped(tmp_path):
-    run, _ = toy_run(tmp_path, minutes=0)  # ten steps
+    run, _ = toy_run(tmp_path, 10)
     run.seconds = 1000.0
     run.save()
     log = tmp_path / "log.jsonl"
     first = log.read_text()
     log.write_text(first + '{"step": 20, "seconds": 1.0}\n{"step": 9, "sec')
-    run, _ = toy_run(tmp_path, minutes=0)
+    run, _ = toy_run(tmp_path, 20)
     lines = log.read_text().splitlines(keepends=True)
     assert lines[0] == first and [json.loads(line)["step"] for line in lines] == [10, 20]
     assert json.loads(first).keys() >= {"loss", "samples_per_second", "memory_gb"}
@@ -169,7 +169,7 @@ def test_the_log_goes_on_where_the_state_is_and_a_line_cut_off_by_a_kill_is_drop
 
 
 def test_averaged_weights_are_in_the_model_only_inside(tmp_path):
-    run, weights = toy_run(tmp_path, minutes=9)
+    run, weights = toy_run(tmp_path)
     with pytest.raises(RuntimeError, match="inside"), run.ema_weights():
         assert same(run.ema.shadow, run.model)
         assert not torch.equal(run.model["0.weight"], weights["0.weight"])

@@ -87,11 +87,13 @@ def test_a_batch_has_the_caption_of_each_clip_and_another_picture_of_its_person(
 
 
 def test_a_fresh_clip_depends_on_its_own_generator_alone_and_carries_its_caption(vae):
-    data = clips.fresh_world(vae)
+    data = clips.FreshClips(vae)
     together = data.clips([0, 1, 2], [seeded(3, k) for k in range(3)])
     alone = data.clips([7], [seeded(3, 1)])
     for name, values in together.items():
         assert torch.allclose(values[1].float(), alone[name][0].float(), atol=0.05), name  # bf16
+    exact = clips.FreshClips(vae, "fp32").clips([7], [seeded(3, 1)])["x0"]
+    assert 1e-4 < (alone["x0"] - exact).abs().mean() < 0.03, "bf16 unless float32 is asked for"
     assert together["x0"].shape[:2] == together["face"].shape == (3, prod(GRID))
     assert len({tuple(person.tolist()) for person in together["person"]}) == 3
     for number, (scene, light, shirt) in zip(together["caption"], together["setting"], strict=True):
@@ -103,22 +105,28 @@ def test_a_cpu_that_has_kept_no_clips_renders_them_and_says_so(vae, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(clips.TextEncoder, "load", lambda *_: FakeText())
     monkeypatch.setattr(clips, "CLIPS", 16)
-    train, shown = clips.open_world(Path("x"), Path("y"), vae, "cpu")
+    train, shown = clips.open_world(Path("x"), Path("y"), vae, "cpu", "bf16")
     assert isinstance(train, clips.FreshClips) and capsys.readouterr().out.count("\n") == 1
     assert train.batch([5], [seeded(0)]).x0.isfinite().all()
     assert torch.equal(shown.rows["person"], world.people("val", 16))
     video = clips.render_clips(clips.clip_rows("val", 0, 16), seeded(5))[0]
     with torch.no_grad():
         exact = patchify(vae.encode(video)).numpy()
-    assert np.abs(shown.latents - exact).mean() < 0.03, "of these pictures; a latent is about 1"
+    assert 1e-4 < np.abs(shown.latents - exact).mean() < 0.03, "bf16; a latent is about 1"
+    same = clips.validation_world(vae, 16, "cpu", "fp32").latents
+    assert np.abs(same - exact).max() < 1e-4, "of these pictures"
     with pytest.raises(ValueError, match="expected latents in data/train.*pretrain render"):
-        clips.cached_world()
+        clips.cached_world(vae)
     folder = tmp_path / "data" / "train"
     folder.mkdir(parents=True)
+    pictures = world.to_uint8(video).permute(0, 2, 3, 4, 1).numpy()
+    for name, numbers in (("faces", shown.faces), ("boxes", shown.boxes), ("video", pictures),
+                          ("latents", shown.latents + 0.2)):
+        np.save(folder / f"{name}.npy", numbers)
+    with pytest.raises(ValueError, match="latents of this checkpoint's VAE .* are 0.20 away; run"):
+        clips.open_world(Path("x"), Path("y"), vae, "cpu", "bf16")
     np.save(folder / "latents.npy", shown.latents)
-    np.save(folder / "faces.npy", shown.faces)
-    np.save(folder / "boxes.npy", shown.boxes)
-    again, _ = clips.open_world(Path("x"), Path("y"), vae, "cpu", quiet=True)
+    again, _ = clips.open_world(Path("x"), Path("y"), vae, "cpu", "bf16", quiet=True)
     assert isinstance(again, clips.KeptClips) and again.fingerprint() != train.fingerprint()
     assert torch.equal(again.rows["person"], world.people("train", 16)), "not those it is shown on"
     assert capsys.readouterr().out == ""

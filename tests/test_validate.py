@@ -75,11 +75,17 @@ def test_averaged_weights_are_looked_at_and_the_line_belongs_to_the_step(run):
     assert run.model["w"].item() == 3
 
 
-def test_a_sheet_that_cannot_be_made_does_not_end_a_training(run, capsys):
+@pytest.mark.parametrize("error", [
+    OSError("disk full"), MemoryError("no memory"), torch.OutOfMemoryError("CUDA out of memory."),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")])
+def test_a_sheet_that_cannot_be_made_does_not_end_a_training(run, capsys, error):
     def sample(indices):
-        raise OSError("disk full")
+        raise error
     validate.validate(run, clips_of(range(2)), 2, False, None, sample)
-    assert capsys.readouterr().err == "warning: no contact sheet at step 7: disk full\n"
+    assert capsys.readouterr().err == f"warning: no contact sheet at step 7: {error}\n"
+    error = RuntimeError("shapes do not match")
+    with pytest.raises(RuntimeError, match="shapes"):  # a mistake of ours
+        validate.validate(run, clips_of(range(2)), 2, False, None, sample)
     (run.folder / "log.jsonl").write_text("no log\n")
     validate.draw_curves(run)
     assert capsys.readouterr().err.startswith("warning: expected a JSON object")

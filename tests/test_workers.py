@@ -41,9 +41,11 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 import train
-from training.workers import (all_reduce, average_gradients, can_shard, full_tensor, like, put,
-                              shard, start_workers)
+from training import workers
+from training.workers import (all_reduce, average_gradients, can_shard, choose_precision,
+                              full_tensor, gather, like, put, shard, start_workers)
 rank, world = start_workers()
+workers.bf16_time = lambda: [0.5, 50.0][rank]
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(3, 8), nn.Linear(8, 4))
 before = {{k: v.detach().clone() for k, v in model.named_parameters()}}
@@ -51,6 +53,7 @@ shard(model, "cpu")
 named = dict(model.named_parameters())
 held = {{k: p.to_local().numel() for k, p in named.items()}}
 together = all(torch.equal(full_tensor(p.detach()), before[k]) for k, p in named.items())
+kept = {{k: gather(p) for k, p in named.items()}}
 first = named["0.weight"]
 put(first, before["0.weight"] + 1)
 moved = (full_tensor(first.detach()) - before["0.weight"] - 1).abs().max().item()
@@ -63,6 +66,8 @@ average_gradients([first, odd], world)
 facts = {{"rank": rank, "world": world, "shard": can_shard(), "held": held, "together": together,
          "moved": moved, "sum": all_reduce(given).tolist(), "given": given.tolist(),
          "cut": isinstance(cut, DTensor) and torch.equal(full_tensor(cut), before["0.weight"]),
+         "kept": [torch.equal(kept[k], before[k]) or kept[k].numel() for k in kept],
+         "precision": choose_precision(None, "cpu"),
          "gradient": odd.grad.tolist(), "sharded": full_tensor(first.grad).unique().tolist()}}
 open(f"{folder}/{{rank}}.json", "w").write(json.dumps(facts))
 for arguments in json.loads({runs!r}):
@@ -113,15 +118,15 @@ def runs(bench, tmp_path_factory):  # noqa: F811
     """Folder with the run of each name; all see the same four clips in every step.
 
     one: one process, batch 4; accumulated: one process, 2 + 2; sharded, copied: two processes, 2
-    each. The last two change hands after ten steps, where --minutes 0 stops them.
+    each. The last two change hands after ten steps.
     """
     folder = tmp_path_factory.mktemp("runs")
 
     def arguments(name: str, *more: object) -> list[str]:
-        return words(bench, folder / name, "--steps", STEPS, "--lr", "1e-2", *more,
-                     manifest="some-faces")
+        return words(bench, folder / name, "--steps", STEPS, "--lr", "1e-2",
+                     "--final-lr", 1, *more, manifest="some-faces")
 
-    alone, half, stop = ("--batch", 4), ("--batch", 2), ("--minutes", 0)
+    alone, half, stop = ("--batch", 4), ("--batch", 2), ("--steps", STEPS // 2)
     assert command(arguments("one", *alone, *stop)) == 0
     shutil.copytree(folder / "one", folder / "one, then two")
     assert command(arguments("one", *alone)) == 0
@@ -162,6 +167,8 @@ def test_every_process_holds_half_and_sums_and_averages_run_over_all(runs):
         assert found["held"] == half, "of 24, 8, 32 and 4"
         assert found["together"] and found["cut"] and found["moved"] < 1e-6
         assert found["sum"] == [3, 20] and found["given"] == [1 + found["rank"], 10], "left alone"
+        assert found["kept"] == [0 if found["rank"] else True] * 4, "whole for rank 0, and nobody"
+        assert found["precision"] == "bf16", "rank 0 decides, whatever the others measure"
         assert found["gradient"] == [2, 4], "a missing gradient counts as zero"
         assert found["sharded"] == [3], "fully_shard has averaged these already"
 

@@ -3,7 +3,7 @@
 The idea. world.py draws people; here they become the `Batch` of clips/dataset.py, so that train.py
 cannot tell the toy from people's own files. There are two ways. A CPU renders slowly, so it keeps
 what it has rendered and encoded (`python -m toy.pretrain render`, then `encode`): `cached_world`.
-A GPU is faster than a disk, so it draws every clip in the step that asks for it: `fresh_world`. A
+A GPU is faster than a disk, so it draws every clip in the step that asks for it: `FreshClips`. A
 CPU that has kept nothing does the same, so that a first training needs no preparation.
 
 The failure this prevents: a toy with a data path of its own. What works on it would say nothing of
@@ -15,7 +15,7 @@ reference shows the person at another moment, in half of the cases in another se
 Conventions. Rows: person (B, T) traits, setting (B, 3), action (B,), template (B,) of the caption.
 Boxes in pixels. Landmarks are not drawn, so they are NaN; a face is seen in every frame.
 
-    train, validation = open_world(checkpoint, gemma_root, vae, "cpu")
+    train, validation = open_world(checkpoint, gemma_root, vae, "cpu", "fp32")
     batch = train.batch([0, 1], [seeded(0, step, place) for place in range(2)])
 
 Read next: toy/vocabulary.py
@@ -40,7 +40,7 @@ from ltx.vae import VideoVAE
 from reference import patchify
 from toy import world
 from toy.config import CLIPS, DATA, FRAME_RATE, FRAMES, GRID, SIZE
-from training.workers import wait
+from training.workers import autocast, wait
 
 # ------------------------------------------------------------ rows and pictures
 
@@ -93,9 +93,10 @@ def render_clips(rows: dict[str, Tensor], generators: Generator | Sequence[Gener
 
 
 @torch.no_grad()
-def encode(vae: VideoVAE, video: Tensor) -> Tensor:
-    """video (B, 3, F, h, w) -> latent tokens (B, L, C), computed in bf16 like everything here."""
-    with torch.autocast(video.device.type, torch.bfloat16):
+def encode(vae: VideoVAE, video: Tensor, precision: str = "bf16") -> Tensor:
+    """video (B, 3, F, h, w) -> latent tokens (B, L, C), computed in the training's precision: the
+    bundled weights saw bf16, which differs from float32 by about 0.003."""
+    with autocast(video.device.type, precision):
         return patchify(vae.encode(video)).float()
 
 
@@ -168,9 +169,9 @@ class KeptClips(WorldClips):
 class FreshClips(WorldClips):
     """Every clip is rendered and encoded in the step, and never comes back."""
 
-    def __init__(self, vae: VideoVAE):
+    def __init__(self, vae: VideoVAE, precision: str = "bf16"):
         super().__init__([*world.all_captions(), ""], CLIPS)
-        self.vae = vae
+        self.vae, self.precision = vae, precision
 
     def clips(self, indices: list[int], generators: Sequence[Generator]) -> dict[str, Tensor]:
         def each(draw) -> Tensor:
@@ -182,49 +183,56 @@ class FreshClips(WorldClips):
         device = next(self.vae.parameters()).device.type
         video, boxes, face = render_clips(rows, generators, device)
         return {"caption": caption_number(rows["setting"], rows["action"], template),
-                "x0": encode(self.vae, video), "face": face, "boxes": boxes,
+                "x0": encode(self.vae, video, self.precision), "face": face, "boxes": boxes,
                 "person": rows["person"], "setting": rows["setting"]}
 
     def fingerprint(self) -> str:
         return f"{super().fingerprint()}, fresh"
 
 
-def cached_world(folder: Path = DATA / "train") -> KeptClips:
+def from_uint8(videos: np.ndarray) -> Tensor:
+    """(B, F, h, w, 3) of 0..255 -> (B, 3, F, h, w) in [-1, 1]."""
+    return torch.from_numpy(np.array(videos)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+
+
+def cached_world(vae: VideoVAE, folder: Path = DATA / "train") -> KeptClips:
     """What `python -m toy.pretrain render` and `encode` have written. Raises ValueError when they
-    have not."""
+    have not, or with another VAE: nothing else would show it."""
     if not (folder / "latents.npy").exists():
         raise ValueError(f"expected latents in {folder}, got none; "
                          "run `python -m toy.pretrain render`, then `encode`")
-    latents, faces, boxes = (np.load(folder / f"{name}.npy", mmap_mode="r")
-                             for name in ("latents", "faces", "boxes"))
+    latents, faces, boxes, video = (np.load(folder / f"{name}.npy", mmap_mode="r")
+                                    for name in ("latents", "faces", "boxes", "video"))
+    again = encode(vae, from_uint8(video[:8]), "fp32")
+    far = (again - torch.tensor(latents[:8]).float()).square().mean().sqrt()
+    if not far < 0.1:  # latents have a deviation of 1
+        raise ValueError(f"expected latents of this checkpoint's VAE in {folder}, got some that "
+                         f"are {far:.2f} away; run `python -m toy.pretrain encode` again, for the "
+                         "bundled VAE with --keep-text")
     return KeptClips(clip_rows("train", 0, len(latents)), latents, faces, boxes)
 
 
-def fresh_world(vae: VideoVAE) -> FreshClips:
-    """Another person in every clip of every step."""
-    return FreshClips(vae)
-
-
-def validation_world(vae: VideoVAE, count: int, device: str) -> KeptClips:
+def validation_world(vae: VideoVAE, count: int, device: str, precision: str = "bf16"
+                     ) -> KeptClips:
     """`count` clips of people nobody trains on."""
     rows = clip_rows("val", 0, count)
     video, boxes, faces = render_clips(rows, seeded(5), device)
-    kept = (encode(vae, video), faces, boxes)
+    kept = (encode(vae, video, precision), faces, boxes)
     return KeptClips(rows, *(x.cpu().numpy() for x in kept))
 
 
-def open_world(checkpoint: Path, gemma_root: Path, vae: VideoVAE, device: str, quiet: bool = False
-               ) -> tuple[WorldClips, WorldClips]:
+def open_world(checkpoint: Path, gemma_root: Path, vae: VideoVAE, device: str, precision: str,
+               quiet: bool = False) -> tuple[WorldClips, WorldClips]:
     """(clips to train on, 16 of other people to look at), with the contexts of their captions."""
     if device == "cpu" and (DATA / "train" / "latents.npy").exists():
-        clips = cached_world()
+        clips = cached_world(vae)
     else:
-        clips = fresh_world(vae)
+        clips = FreshClips(vae, precision)
         if not quiet:
             print("every clip is rendered and encoded in its step; a CPU is faster with kept ones: "
                   "`python -m toy.pretrain render`, then `encode`")
     text = TextEncoder.load(checkpoint, gemma_root, device, torch.float32).eval()
-    both = clips, validation_world(vae, 16, device)
+    both = clips, validation_world(vae, 16, device, precision)
     for part in both:
         part.encode_captions(text, quiet)
     return both
@@ -235,7 +243,8 @@ def open_data(args: Namespace, vae: VideoVAE, device: str, rank: int = 0, world_
     """(clips to train on, clips to look at, whether the second are never trained on), from
     train.py's arguments."""
     if args.manifest is None:
-        return *open_world(args.checkpoint, args.gemma_root, vae, device, quiet=rank > 0), True
+        return *open_world(args.checkpoint, args.gemma_root, vae, device, args.precision,
+                           quiet=rank > 0), True
     share = rank, world_size, wait
     train = open_manifest(args.manifest, args, vae, device, *share)
     if args.validation is None:

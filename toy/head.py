@@ -41,6 +41,7 @@ from toy.config import FRAMES, RUNS, SIZE, WEIGHTS
 from toy.recognisers import degrade, floats
 from training.optim import EMA, MuonAdamW, schedule, split_parameters
 from training.run import Run, descend
+from training.workers import autocast
 
 POSE_NAMES = ("x", "y", "scale", "yaw", "pitch", "mouth")
 POSE_MIDDLE = (0.0, 0.0, 1.0, 0.0, 0.0, 0.0)
@@ -179,7 +180,7 @@ def without_head(pictures: Tensor, boxes: Tensor, setting: Tensor, generator: to
     return torch.stack(ways)[place % len(ways), place].clamp(-1, 1)
 
 
-def head_views(person: Tensor, vae: VideoVAE, generator: torch.Generator
+def head_views(person: Tensor, vae: VideoVAE, generator: torch.Generator, precision: str
                ) -> tuple[Tensor, Tensor, Tensor]:
     """Pictures (B, 3, h, w) as soft as generated ones, poses (B, 6), presence (B,).
 
@@ -191,7 +192,7 @@ def head_views(person: Tensor, vae: VideoVAE, generator: torch.Generator
     pictures, present, coded = video[:, :, 0], place % 4 != 3, place % 8 < 4
     gone = ~present
     pictures[gone] = without_head(pictures[gone], boxes[gone, 0], setting[gone], generator)
-    with torch.no_grad(), torch.autocast(person.device.type, torch.bfloat16):
+    with torch.no_grad(), autocast(person.device.type, precision):
         seen = vae.decode(vae.encode(pictures[coded][:, :, None]))                  # (b, 3, 1, ...)
         pictures[coded] = seen[:, :, 0].float()
     return degrade(pictures, generator), pose, present
@@ -217,28 +218,29 @@ def head_stage(args: argparse.Namespace, device: str) -> None:
     load_weights(vae, checkpoint, "vae.", torch.float32, device).eval().requires_grad_(False)
     net = HeadPoseEstimator().to(device)
     parts = split_parameters(dict(net.named_parameters()), ("convs.0", "out"))
-    optimizer = MuonAdamW(*parts, lr_matrix=3e-3, lr_other=2e-3)
+    optimizer = MuonAdamW(*parts, lr_matrix=3e-3, lr_other=2e-3, precision=args.precision)
     run = Run(RUNS / "head_pose", floats(net), optimizer, EMA({}))
     loss_fn = torch.compile(head_loss) if args.compile else head_loss
     for step in run.steps(args.steps, args.minutes, args.batch, "head_pose"):
         g = seeded(args.seed, step, 5, device=device)
         person = torch.rand(args.batch, len(world.TRAITS), generator=g, device=device)
-        loss = loss_fn(net, *head_views(person, vae, g))
+        loss = loss_fn(net, *head_views(person, vae, g, args.precision))
         descend(run, step, loss, schedule(step, args.steps), f"people drawn with seed {args.seed}")
         run.record(loss=loss.item())
     tensors = {name: t.float().contiguous() for name, t in floats(net).items()}
     atomic_write(WEIGHTS / "head_pose.safetensors", lambda path: save_file(tensors, path))
-    for name, value in check_head(net, vae, device).items():
+    for name, value in check_head(net, vae, args.precision, device).items():
         print(f"head_pose, {name}: {value}")
 
 
 @torch.no_grad()
-def check_head(net: HeadPoseEstimator, vae: VideoVAE, device: str) -> dict[str, float]:
+def check_head(net: HeadPoseEstimator, vae: VideoVAE, precision: str, device: str
+               ) -> dict[str, float]:
     """On unseen people: mean error of each pose number, accuracy of presence, and `read_action` on
     true clips and on those that went through the VAE."""
     net.eval()
     g, person = seeded(9, device=device), world.people("val", 256).to(device)
-    pictures, pose, present = head_views(person, vae, g)
+    pictures, pose, present = head_views(person, vae, g, precision)
     out = net(pictures)                                                             # (256, 7)
     error = (out[present, 1:] - pose[present]).abs().mean(0)
     report = {f"mean error of {name}": value

@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 from clips.dataset import Order, shard_indices
 from clips.video import save_sheet
-from common.cli import Parser, check_folder, check_ranges, command
+from common.cli import Parser, check_folder, check_ranges, command, find_device
 from common.files import atomic_write, sweep
 from common.seeds import seeded
 from guidance import Guidance
@@ -58,11 +58,18 @@ from model import (
     ltx_sigmas,
     training_sigmas,
 )
-from reference import patchify
 from rope import Layout
 from sample import denoise
 from toy import world
-from toy.clips import WorldClips, cached_world, clip_rows, fresh_world, render_clips
+from toy.clips import (
+    FreshClips,
+    WorldClips,
+    cached_world,
+    clip_rows,
+    encode,
+    from_uint8,
+    render_clips,
+)
 from toy.config import (
     CLIPS,
     DATA,
@@ -84,6 +91,7 @@ from toy.vocabulary import train_bpe
 from toy.world import box_mask
 from training.optim import EMA, KEEP_FROM_MUON, MuonAdamW, schedule, split_parameters
 from training.run import Run, descend
+from training.workers import autocast, choose_precision, start_workers
 
 KNOWN = {"known_phrases": json.dumps(world.phrases())}  # in the header of what read the captions
 GEMMA_FILES = ("config.json", "tokenizer.json", "model.safetensors")
@@ -141,13 +149,8 @@ def render_stage(args: argparse.Namespace) -> None:
         maps["faces"][start:stop] = faces.numpy()
         maps["boxes"][start:stop] = boxes.numpy()  # last: it marks the block as complete
     for name, path in partial.items():  # boxes.npy last: it marks the folder
-        maps[name].flush()
+        maps.pop(name).flush()  # and closed: Windows renames no open file
         os.replace(path, folder / f"{name}.npy")
-
-
-def from_uint8(videos: np.ndarray) -> Tensor:
-    """(B, F, h, w, 3) of 0..255 -> (B, 3, F, h, w) in [-1, 1]."""
-    return torch.from_numpy(np.array(videos)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
 
 class Clips:
@@ -191,7 +194,7 @@ def vae_loss(vae: VideoVAE, video: Tensor, mask: Tensor, noise: Tensor) -> tuple
     return weighted.log().mean(), -10 * torch.log10(error.mean(dim=clip) / 4).mean()
 
 
-def new_vae(device: str) -> tuple[VideoVAE, Run]:
+def new_vae(device: str, precision: str) -> tuple[VideoVAE, Run]:
     """A VAE with its run in runs/vae, taken up where it is."""
     vae = VideoVAE(TINY_VAE).to(device)
     named = dict(vae.named_parameters())
@@ -200,14 +203,15 @@ def new_vae(device: str) -> tuple[VideoVAE, Run]:
             if "conv2.conv.weight" in name:
                 p.mul_(0.5)
     parts = split_parameters(named, keep_out=("encoder.conv_in", "decoder.conv_out"))
-    return vae, Run(RUNS / "vae", named, MuonAdamW(*parts), EMA(named))
+    optimizer = MuonAdamW(*parts, precision=precision)
+    return vae, Run(RUNS / "vae", named, optimizer, EMA(named))
 
 
 @torch.no_grad()
-def check_vae(vae: VideoVAE, run: Run, device: str) -> float:
+def check_vae(vae: VideoVAE, run: Run, device: str, precision: str) -> float:
     """PSNR on unseen people with the averaged weights; a sheet, input above reconstruction."""
     video = render_clips(clip_rows("val", 0, 32), seeded(5))[0].to(device)
-    with run.ema_weights(), torch.autocast(device, torch.bfloat16):
+    with run.ema_weights(), autocast(device, precision):
         out = vae.decoder(vae.encoder(video)).float()
     value = psnr(out, video).mean().item()
     save_sheet(run.folder / "sheet.png",
@@ -219,7 +223,7 @@ def check_vae(vae: VideoVAE, run: Run, device: str) -> float:
 def vae_stage(args: argparse.Namespace, device: str) -> None:
     """Train the VAE. Clips come back, so the PSNR that counts is that of unseen people."""
     torch.manual_seed(args.seed)
-    vae, run = new_vae(device)
+    vae, run = new_vae(device, args.precision)
     clips, loss_fn = Clips(device), torch.compile(vae_loss) if args.compile else vae_loss
     latent = (args.batch, TINY_VAE["latent_channels"], *GRID)
     next_check = run.seconds + 60
@@ -227,16 +231,16 @@ def vae_stage(args: argparse.Namespace, device: str) -> None:
         g = seeded(args.seed, step, run.rank, device=device)
         video, boxes = clips.batch(args.batch, g)
         noise = torch.randn(latent, generator=g, device=device)
-        with torch.autocast(device, torch.bfloat16):
+        with autocast(device, args.precision):
             loss, dB = loss_fn(vae, video, box_mask(boxes, SIZE), noise)
         descend(run, step, loss, schedule(step, args.steps), f"clips drawn with seed {args.seed}")
         run.ema.update(run.model, step)
         run.record(loss=loss.item(), train_psnr=dB.item())
         if run.rank == 0 and run.seconds > next_check:
-            check_vae(vae, run, device)
+            check_vae(vae, run, device, args.precision)
             next_check = run.seconds + 180
     if run.rank == 0:
-        value = check_vae(vae, run, device)
+        value = check_vae(vae, run, device, args.precision)
         print(f"validation PSNR {value:.2f} dB after {run.done} steps")
 
 
@@ -249,14 +253,14 @@ def freeze_vae(args: argparse.Namespace, device: str) -> None:
 
     Mean and deviation of each channel are measured on clips, so that `encode` gives unit latents.
     """
-    vae, run = new_vae(device)
+    vae, run = new_vae(device, args.precision)
     if run.done == 0:
         raise ValueError(f"expected a trained VAE in {run.folder}, got none; run `python -m "
                          "toy.pretrain vae`, or take the bundled one with --keep-text")
     vae.load_state_dict({k: v.bfloat16() for k, v in run.ema.shadow.items()}, strict=False)
     g = seeded(args.seed, 77, device=device)
     video, _ = Clips(device).batch(min(1024, args.clips), g)
-    with torch.autocast(device, torch.bfloat16):
+    with autocast(device, args.precision):
         z = torch.cat([vae.encoder(v).float() for v in video.split(32)])            # (B, C, *GRID)
     stats = vae.per_channel_statistics
     getattr(stats, "mean-of-means").copy_(z.mean(dim=(0, 2, 3, 4)))
@@ -273,25 +277,19 @@ def encode_stage(args: argparse.Namespace, device: str) -> None:
         vae = VideoVAE.load(vae_file(args), dtype=torch.float32)
         sweep(DATA / "train")  # of a command that was killed
         videos = Clips(device).video
-        atomic_write(DATA / "train" / "latents.npy", lambda path: encode_clips(vae, videos, path))
+        atomic_write(DATA / "train" / "latents.npy",
+                     lambda path: encode_clips(vae, videos, path, args.precision))
 
 
 def vae_file(args: argparse.Namespace) -> Path:
     return WEIGHTS / "model.safetensors" if args.keep_text else RUNS / "vae.safetensors"
 
 
-@torch.no_grad()
-def encode(vae: VideoVAE, videos: np.ndarray) -> Tensor:
-    """(B, F, h, w, 3) uint8 -> latents (B, L, C), computed in bf16 as they will be in training."""
-    with torch.autocast("cpu", torch.bfloat16):
-        return patchify(vae.encode(from_uint8(videos)))
-
-
-def encode_clips(vae: VideoVAE, videos: np.ndarray, path: Path) -> None:
+def encode_clips(vae: VideoVAE, videos: np.ndarray, path: Path, precision: str) -> None:
     """videos (N, F, h, w, 3) uint8 -> an .npy file of latents (N, L, C)."""
     out = new_map(path, (len(videos), math.prod(GRID), vae.latent_channels), np.float16)
     for start in tqdm(range(0, len(videos), BLOCK), desc="encode", unit="block"):
-        latents = encode(vae, videos[start:start + BLOCK])                          # (B, L, C)
+        latents = encode(vae, from_uint8(videos[start:start + BLOCK]), precision)   # (B, L, C)
         if not latents.isfinite().all():
             raise ValueError("expected finite latents, got NaN or infinity in clips "
                              f"{start} to {start + len(latents) - 1}; train the VAE again")
@@ -327,15 +325,15 @@ def new_transformer() -> VideoTransformer:
 
 
 @torch.no_grad()
-def check_samples(run: Run, model: VideoTransformer, text: TextEncoder, vae: VideoVAE, device: str
-                  ) -> None:
+def check_samples(run: Run, model: VideoTransformer, text: TextEncoder, vae: VideoVAE, device: str,
+                  precision: str) -> None:
     """Contact sheet of eight fixed validation prompts and noises, with the averaged weights."""
     rows, d = clip_rows("val", 0, 8), TINY_INFERENCE
     prompts = [world.caption(setting, int(action))
                for setting, action in zip(rows["setting"], rows["action"], strict=True)]
     noise = torch.randn(8, math.prod(GRID), vae.latent_channels, generator=seeded(12)).to(device)
     sigmas = ltx_sigmas(d["steps"], d["schedule_tokens"])
-    with run.ema_weights(), torch.autocast(device, torch.bfloat16):
+    with run.ema_weights(), autocast(device, precision):
         latent = denoise(model, noise, sigmas, text.encode(prompts), text.encode([""]), None,
                          Layout(*GRID, FRAME_RATE, vae.time_scale, vae.space_scale),
                          Guidance(d["text_scale"]))
@@ -378,16 +376,6 @@ def kept_text(text: TextEncoder, data: WorldClips) -> tuple[Callable, Callable]:
     return lambda context: context, words
 
 
-def check_latents(vae: VideoVAE) -> None:
-    """Raise ValueError when data/train was encoded by another VAE: nothing else would show it."""
-    video, kept = (np.load(DATA / "train" / f"{name}.npy", mmap_mode="r")[:8]
-                   for name in ("video", "latents"))
-    far = (encode(vae, video).float() - torch.tensor(kept).float()).square().mean().sqrt()
-    if not far < 0.1:  # latents have a deviation of 1
-        raise ValueError(f"expected latents of the bundled VAE in {DATA / 'train'}, got some that "
-                         f"are {far:.2f} away; run `python -m toy.pretrain encode --keep-text`")
-
-
 def base_stage(args: argparse.Namespace, device: str) -> None:
     """Text-to-video without any reference: what LTX-2.3 is to the paper, this is to train.py."""
     torch.manual_seed(args.seed)
@@ -400,11 +388,10 @@ def base_stage(args: argparse.Namespace, device: str) -> None:
                                 torch.float32).eval()
     named = dict(learning.to(device).named_parameters())
     vae = VideoVAE.load(vae_file(args), device, torch.float32)
-    data = cached_world() if device == "cpu" else fresh_world(vae)
-    if args.keep_text and device == "cpu":
-        check_latents(vae)
+    data = cached_world(vae) if device == "cpu" else FreshClips(vae, args.precision)
     context, words = (kept_text if args.keep_text else learning_text)(text, data)
-    optimizer = MuonAdamW(*split_parameters(named, KEEP_FROM_MUON), lr_matrix=3e-3, lr_other=1e-3)
+    optimizer = MuonAdamW(*split_parameters(named, KEEP_FROM_MUON), lr_matrix=3e-3, lr_other=1e-3,
+                          precision=args.precision)
     run = Run(RUNS / ("base_keep_text" if args.keep_text else "base"), named, optimizer, EMA(named))
     positions = Layout(*GRID, FRAME_RATE, 4, 8).video_positions()                   # (3, L, 2)
     positions = positions.expand(args.batch, -1, -1, -1).to(device)
@@ -419,13 +406,13 @@ def base_stage(args: argparse.Namespace, device: str) -> None:
         sigma, noise, noisy = draw_noise(x0, g)
         drop = torch.rand(args.batch, generator=g, device=device) < 0.1  # for guidance
         rows = torch.where(drop, len(data.captions) - 1, batch["caption"].to(device))
-        with torch.autocast(device, torch.bfloat16):
+        with autocast(device, args.precision):
             loss = loss_fn(model, context, words(rows), x0, noise, noisy, sigma, positions)
         descend(run, step, loss, schedule(step, args.steps, decay=0.2), data.names(order(step)))
         run.ema.update(named, step)
         run.record(loss=loss.item())
         if run.rank == 0 and (run.seconds > next_check or step + 1 == args.steps):
-            check_samples(run, model, text, vae, device)
+            check_samples(run, model, text, vae, device, args.precision)
             next_check = run.seconds + 300
     if run.rank == 0:
         write_base(args, run.ema.shadow, text, tokenizer)
@@ -525,6 +512,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--clips", type=int, default=CLIPS, help="of render")
     add("--keep-text", action="store_true",
         help="base, encode: text encoder and VAE are those of weights/tiny, and stay as they are")
+    add("--precision", choices=["bf16", "fp32"], help="default: bf16; on a CPU what is faster")
     add("--seed", type=int, default=0)
     add("--compile", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args(words)
@@ -542,10 +530,11 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
 def pretrain(args: argparse.Namespace) -> None:
     for folder in (RUNS, DATA, WEIGHTS):
         check_folder(folder)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-        torch.set_flush_denormal(True)
+    start_workers()  # first of all: it says which card is ours
+    device = find_device()
+    torch.set_flush_denormal(True)  # denormal numbers can slow a CPU tenfold
+    if args.stage not in ("render", "export"):
+        args.precision = choose_precision(args.precision, device)
     run, _, _ = STAGES[args.stage]
     run(args, device)
 

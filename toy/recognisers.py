@@ -38,6 +38,7 @@ from toy import world
 from toy.config import FRAMES, RUNS, SIZE
 from training.optim import EMA, MuonAdamW, schedule, split_parameters
 from training.run import Run, descend
+from training.workers import autocast
 
 
 def degrade(pictures: Tensor, generator: torch.Generator) -> Tensor:
@@ -83,7 +84,7 @@ def recogniser_stage(args: argparse.Namespace, device: str) -> None:
     widths = (20, 28, 56, 96, 160) if whole_frames else (16, 24, 48, 96, 128)
     net = FaceNet((1, 1, 2, 1), widths, embedding=128, size=SIZE).to(device)
     parts = split_parameters(dict(net.named_parameters()), ("net.conv1", "fc", "prelu"))
-    optimizer = MuonAdamW(*parts, lr_matrix=2e-3, lr_other=1e-3)
+    optimizer = MuonAdamW(*parts, lr_matrix=2e-3, lr_other=1e-3, precision=args.precision)
     run = Run(RUNS / args.stage, floats(net), optimizer, EMA({}))
     loss_fn = torch.compile(contrastive_loss) if args.compile else contrastive_loss
     for step in run.steps(args.steps, args.minutes, args.batch, args.stage):
@@ -96,7 +97,7 @@ def recogniser_stage(args: argparse.Namespace, device: str) -> None:
             shake = torch.rand(len(boxes), 4, generator=g, device=device) * 4 - 2  # as real boxes
             views.append(pictures if whole_frames
                          else crop_faces(pictures, square(boxes + shake), SIZE))
-        with torch.autocast(device, torch.bfloat16):
+        with autocast(device, args.precision):
             loss = loss_fn(net, *views)
         descend(run, step, loss, schedule(step, args.steps), f"people drawn with seed {args.seed}")
         run.record(loss=loss.item())

@@ -32,13 +32,13 @@ KEEP_FROM_MUON = ("patchify_proj", "proj_out", "adaln", "embed_tokens", "scale_s
                   "registers", "aggregate")
 
 
-def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:
+def orthogonalize(g: Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Newton-Schulz iteration: matrix (m, n) -> about the nearest one with singular values of 1.
 
     The quintic's coefficients bring every singular value into [0.7, 1.2] quickly rather than to 1
-    exactly; an update does not need more.
+    exactly; an update does not need more. dtype: of the iteration.
     """
-    x = g.bfloat16()
+    x = g.to(dtype)
     x = x / (x.norm() + 1e-7)
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x
@@ -51,12 +51,15 @@ def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:
 class MuonAdamW:
     """Muon for `matrices` (name -> parameter, flattened to out x rest), AdamW for `others`.
 
-    Each part has its own learning rate; betas and weight_decay are AdamW's.
+    Each part has its own learning rate; betas and weight_decay are AdamW's. precision: of Muon's
+    matrix products, "bf16" or "fp32" (a CPU without bf16 units is many times faster in float32).
     """
 
     def __init__(self, matrices: dict[str, nn.Parameter], others: dict[str, nn.Parameter],
                  lr_matrix: float = 3e-3, lr_other: float = 1e-3,
-                 betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0):
+                 betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0,
+                 precision: str = "bf16"):
+        self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self.matrices, self.others = matrices, others
         self.lr_matrix, self.lr_other = lr_matrix, lr_other
         self.momentum = {k: torch.zeros_like(p) for k, p in matrices.items()}
@@ -73,7 +76,7 @@ class MuonAdamW:
             m = self.momentum[name]
             m.lerp_(p.grad, 0.05)
             ahead = torch.lerp(p.grad, m, 0.95)  # Nesterov: look one step ahead
-            update = orthogonalize(full_tensor(ahead).flatten(1))               # (out, rest)
+            update = orthogonalize(full_tensor(ahead).flatten(1), dtype=self.dtype)  # (out, rest)
             # 0.2 sqrt(longer side) gives each number about the size of AdamW's updates, so that
             # one rate serves matrices of all shapes
             lr = self.lr_matrix * factor * 0.2 * max(update.shape) ** 0.5

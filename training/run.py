@@ -43,15 +43,20 @@ from tqdm import tqdm
 from common.cli import signals
 from common.files import atomic_write, parse_json, sweep
 from training.optim import EMA, MuonAdamW
-from training.workers import all_reduce, average_gradients, full_tensor, put, start_workers
+from training.workers import all_reduce, average_gradients, gather, put, start_workers
 
 LOG_EVERY = 10  # steps; the log has their mean
 
 
 def save_state(path: str | Path, tensors: dict[str, Tensor], info: dict) -> None:
     """Training state -> one safetensors file; `info` (JSON-able) goes into its metadata."""
-    tensors = {k: v.detach().contiguous().cpu().clone() for k, v in tensors.items()}
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     atomic_write(path, lambda p: save_file(tensors, p, metadata={"info": json.dumps(info)}))
+
+
+def states(folder: Path) -> list[Path]:
+    """State files, newest first; last the one of a run from before they had numbers."""
+    return sorted(folder.glob("state*.safetensors"), key=lambda path: path.stem, reverse=True)
 
 
 def load_state(path: str | Path) -> tuple[dict[str, Tensor], dict]:
@@ -81,6 +86,17 @@ def check_finite(step: int, terms: dict[str, float], clips: str) -> None:
                              "before")
 
 
+def begun_with(folder: Path) -> dict:
+    """The settings with which the run in a folder was begun, {} in an empty one."""
+    for path in states(folder):
+        try:
+            with safe_open(path, "pt") as f:
+                return parse_json(f.metadata()["info"])["settings"]
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+            continue  # a damaged one: `Run` warns
+    return {}
+
+
 class Run:
     """One resumable training in a folder: `state-<step>.safetensors`, `log.jsonl`, pictures.
 
@@ -108,14 +124,9 @@ class Run:
 
     # ------------------------------------------------------------ states
 
-    def states(self) -> list[Path]:
-        """State files, newest first; last the one of a run from before they had numbers."""
-        found = self.folder.glob("state*.safetensors")
-        return sorted(found, key=lambda path: path.stem, reverse=True)
-
     def resume(self) -> None:
         """Take up the newest state that can be read; nothing happens in an empty folder."""
-        for path in self.states():
+        for path in states(self.folder):
             try:
                 tensors, info = load_state(path)
             except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
@@ -162,15 +173,11 @@ class Run:
         """
         tensors = {f"model.{k}": p for k, p in self.model.items()}
         tensors |= {f"ema.{k}": v for k, v in self.ema.shadow.items()} | self.optimizer.state()
-        kept = {}
-        for name, tensor in tensors.items():
-            tensor = full_tensor(tensor.detach())
-            if self.rank == 0:
-                kept[name] = tensor
+        kept = {name: gather(tensor) for name, tensor in tensors.items()}
         if self.rank != 0:
             return
-        path, states = self.folder / f"state-{self.done:08d}.safetensors", self.states()
-        last = f"{states[0]} is still good" if states else "nothing was saved before"
+        path, before = self.folder / f"state-{self.done:08d}.safetensors", states(self.folder)
+        last = f"{before[0]} is still good" if before else "nothing was saved before"
         for name, tensor in kept.items():
             if not tensor.isfinite().all():
                 raise ValueError(f"expected finite weights, got NaN or infinity in {name} after "
@@ -184,7 +191,7 @@ class Run:
             raise OSError(f"cannot save step {self.done} in {self.folder}: {message}; make room "
                           f"and run the same command again, {last}") from None
         # Later states are damaged ones that were passed over; they must not push out good ones.
-        for old in [state for state in self.states() if state.stem <= path.stem][self.keep:]:
+        for old in [state for state in states(self.folder) if state.stem <= path.stem][self.keep:]:
             old.unlink()
 
     @contextmanager
@@ -213,9 +220,11 @@ class Run:
                 f.write(json.dumps(line) + "\n")
 
     def record(self, **values: float) -> None:
-        """Numbers of the step being computed, for the screen and, as means, for the log."""
+        """Numbers of the step being computed, for the screen and, as means, for the log. NaN: not
+        computed in this step, and no part of the mean."""
         for name, value in values.items():
-            self.values[name].append(value)
+            if not math.isnan(value):
+                self.values[name].append(value)
 
     def report(self, step: int, samples_per_step: int) -> None:
         """Means since the last line -> the log, and the line on the screen; once for a step."""
@@ -273,7 +282,7 @@ class Run:
                 if self.done % LOG_EVERY == 0 or self.done == total:
                     self.report(self.done, samples_per_step)
                     bar.set_postfix_str(self.line, refresh=False)
-                late = self.done % 10 == 0 and time.time() - start > minutes * 60
+                late = time.time() - start > minutes * 60
                 overdue = time.time() - last_save > save_seconds
                 stop, save = self.agree(bool(self.signal) or late, overdue)
                 if stop:

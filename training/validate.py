@@ -27,6 +27,8 @@ from torch import Tensor
 
 from clips.dataset import ClipSource
 from clips.video import picks, save_sheet
+from common.cli import out_of_memory
+from common.files import one_line
 from common.seeds import seeded
 from ltx.load import INFERENCE, guidance_from
 from ltx.vae import VideoVAE
@@ -36,6 +38,7 @@ from rope import Layout
 from sample import denoise
 from training import plot
 from training.run import Run, check_finite
+from training.workers import autocast
 
 LOOKS = 4   # times that every clip is looked at, each with other noise
 SHOWN = 4   # clips on the sheet
@@ -48,7 +51,8 @@ def validate(run: Run, clips: ClipSource, size: int, held_out: bool, compute: Ca
 
     compute(batch, generators) -> losses (2,) and how many clips each is a mean over (2,);
     sample(indices) -> rows of pictures for the sheet; size: clips in one batch. Raises ValueError
-    when a loss is not finite; a picture that cannot be made is no reason to end a training.
+    when a loss is not finite; a picture that cannot be made, for want of memory too, is no reason
+    to end a training.
     """
     with run.ema_weights():
         if held_out:
@@ -59,8 +63,11 @@ def validate(run: Run, clips: ClipSource, size: int, held_out: bool, compute: Ca
             if run.rank == 0:
                 scale = 2 if rows[0][0].shape[-1] < 256 else 1
                 save_sheet(run.folder / "sheet.png", rows, scale)
-        except (OSError, ValueError) as error:
-            print(f"warning: no contact sheet at step {run.done}: {error}", file=sys.stderr)
+        except Exception as error:
+            if not (isinstance(error, OSError | ValueError) or out_of_memory(error)):
+                raise  # a mistake of ours
+            told = one_line(error)
+            print(f"warning: no contact sheet at step {run.done}: {told}", file=sys.stderr)
     draw_curves(run)
 
 
@@ -102,7 +109,7 @@ def sample_clips(clips: ClipSource, indices: list[int], config: dict, model: Vid
     batch = clips.batch(indices, generators)
     noise = torch.stack([torch.randn(batch.x0.shape[1:], generator=g) for g in generators])
     sigmas = ltx_sigmas(defaults["steps"], defaults["schedule_tokens"])
-    with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+    with torch.no_grad(), autocast(device, precision):
         tokens = encode_reference(vae.encode, batch.reference.to(device)).float()   # (B, R, C)
         scales = batch.frame_rate, vae.time_scale, vae.space_scale
         latent = denoise(model, noise.to(device), sigmas, batch.context.to(device),

@@ -15,7 +15,8 @@ face would halve the face loss of the others. So losses are sums divided by coun
 our reading: all of it; ST-DRC (arXiv 2606.02441) says nothing about devices.
 
 Conventions. rank 0 .. world - 1; without torchrun world is 1, and all returns at once. A sharded
-tensor is a DTensor. `full_tensor` and `put` are called by all together, or they wait for ever.
+tensor is a DTensor. `full_tensor`, `gather` and `put` are called by all together, or they wait for
+ever.
 
     rank, world = start_workers()
     if world > 1 and can_shard(): shard(model, "cpu")
@@ -32,10 +33,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-
-def device_name() -> str:
-    """ "cuda" or "cpu"; each process uses the card that `start_workers` chose for it."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+from common.cli import find_device
+from ltx.fast_cpu import bf16_time
 
 
 def use_own_card() -> None:
@@ -44,7 +43,10 @@ def use_own_card() -> None:
 
 
 def start_workers() -> tuple[int, int]:
-    """(rank, world). Under torchrun it joins the process group (gloo on CPU, nccl on CUDA)."""
+    """(rank, world). Under torchrun it joins the process group (gloo on CPU, nccl on CUDA).
+
+    Before the first tensor goes to "cuda", which is from now on this process's own card.
+    """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1 and not dist.is_initialized():
         use_own_card()
@@ -70,9 +72,33 @@ def all_reduce(values: Tensor) -> Tensor:
     """Sum over all processes, elementwise; the same on each of them. On the CPU, shape kept."""
     if not dist.is_initialized():
         return values
-    values = values.to(device_name(), copy=True)
+    values = values.to(find_device(), copy=True)
     dist.all_reduce(values)
     return values.cpu()
+
+
+def choose_precision(asked: str | None, device: str) -> str:
+    """"bf16" or "fp32": as asked; LTX-2.3: bf16 on a card; on a CPU what it is faster in.
+
+    Without bf16 units, as in most laptops, bf16 takes many times as long. Prints why. All processes
+    take what rank 0 found, for their gradients are one sum.
+    """
+    if asked is not None:
+        return asked
+    if device != "cpu":  # our reading: float32 on Apple's GPU, where no bf16 was ever tried
+        return "bf16" if device == "cuda" else "fp32"
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    ratio = all_reduce(torch.tensor(bf16_time() if first else 0.0)).item()
+    chosen = "bf16" if ratio < 1 else "fp32"
+    if first:
+        print(f"precision {chosen}: a matrix product in bf16 takes {ratio:.2g} times as long as in "
+              "float32 on this CPU; --precision decides otherwise", flush=True)
+    return chosen
+
+
+def autocast(device: str, precision: str) -> torch.autocast:
+    """Inside, matrix products and convolutions are in bf16 if that is the precision."""
+    return torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
 
 
 def average_gradients(parameters: list[nn.Parameter], world: int) -> None:
@@ -98,7 +124,7 @@ def can_shard() -> bool:
     """Several processes, whose backend has the two messages that `fully_shard` needs?"""
     if not dist.is_initialized():
         return False
-    world, device = dist.get_world_size(), device_name()
+    world, device = dist.get_world_size(), find_device()
     try:
         part, parts = torch.ones(2, device=device), torch.ones(2 * world, device=device)
         dist.reduce_scatter_single(part, parts)
@@ -131,6 +157,17 @@ def is_shard(tensor: Tensor) -> bool:
 def full_tensor(tensor: Tensor) -> Tensor:
     """A tensor, or all shards of one put together on every process."""
     return tensor.full_tensor() if is_shard(tensor) else tensor
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """The whole tensor in the memory of rank 0's computer, an empty one in other processes.
+
+    Tensor by tensor: no card, and no other process, ever holds more than one whole tensor.
+    """
+    whole = full_tensor(tensor.detach())
+    if dist.is_initialized() and dist.get_rank() != 0:
+        return torch.empty(0, dtype=whole.dtype)
+    return whole.cpu()
 
 
 def like(value: Tensor, model: Tensor) -> Tensor:

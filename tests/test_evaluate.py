@@ -233,6 +233,13 @@ def test_the_picture_is_read_like_any_reference_whatever_its_name_ends_in(own, c
     assert scored(capsys, own[0].with_suffix(""))["ada.mp4"]["similarity"] < 0.4
 
 
+def test_a_faces_file_is_found_whoever_composed_the_letters_of_its_name(own, capsys):
+    folder = own[0].parent
+    for name, other in (("ben.mp4", "b\u00e9n.mp4"), ("ben.json", "be\u0301n.json")):
+        (folder / name).rename(folder / other)
+    assert set(scored(capsys, own[0])) == {"ada.mp4", "b\u00e9n.mp4", "mean"}
+
+
 def test_a_frame_without_a_face_counts_0(own, capsys):
     whole, folder = scored(capsys, own[0])["ada.mp4"], own[0].parent / "faces"
     folder.mkdir()

@@ -95,7 +95,7 @@ def render_clips(rows: dict[str, Tensor], generators: Generator | Sequence[Gener
 @torch.no_grad()
 def encode(vae: VideoVAE, video: Tensor, precision: str = "bf16") -> Tensor:
     """video (B, 3, F, h, w) -> latent tokens (B, L, C), computed in the training's precision: the
-    bundled weights saw bf16, which differs from float32 by about 0.003."""
+    bundled weights saw bf16, which is 0.01 away from float32, of a deviation of 1."""
     with autocast(video.device.type, precision):
         return patchify(vae.encode(video)).float()
 

@@ -295,7 +295,7 @@ def table(args: argparse.Namespace) -> bool:
              for part in ("default", *args.only)}
     lines = [*report(rows, of("default")), *lines,
              "## hours (training: in steps, one thread)", "", *compute(spent)]
-    atomic_write(args.folder / "table.md", lambda p: p.write_text("\n".join(lines) + "\n"))
+    atomic_write(args.folder / "table.md", lambda p: p.write_text("\n".join(lines) + "\n", "utf-8"))
     print("\n".join(lines))
     return False
 

@@ -158,7 +158,7 @@ MUTANTS: list[Mutant] = [
            "settings[\"content\"][\"clips\"] = [\"\",", "tests/test_recipe.py"),
     Mutant("train.py", '"text model": args.gemma_root}', "}", "tests/test_recipe.py"),
     Mutant("train.py", 'files |= {"recogniser": args.face}', "files |= {}", "tests/test_recipe.py"),
-    Mutant("train.py", '"checkpoint", "gemma_root", "face", "device")', '"gemma_root", "face", "device")',
+    Mutant("train.py", '"checkpoint", "gemma_root", "face", "dev', '"gemma_root", "face", "dev',
            "tests/test_recipe.py"),
     Mutant("train.py", "        check_finite(step, terms, data.names(everyone))", "        pass",
            "tests/test_recipe.py"),

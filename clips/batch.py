@@ -6,7 +6,7 @@ list is read here, whole and before any work: a bad row in the middle of a night
 And a night's work goes on after a kill: a video that is there is not made again, and a latent that
 waits for the decoder lies beside it. Both say with which settings they were made.
 
-paper:       compares on such lists, and says nothing of files (ST-DRC, arXiv 2606.02441).
+paper:       nothing of this (ST-DRC, arXiv 2606.02441).
 our reading: the form is that of the IPVG challenge 2026, track 1 (ACM Multimedia): eval.json with
              "img" and "prompt", videos 1.mp4, 2.mp4, ... in the order of its rows.
 
@@ -27,7 +27,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from clips.pictures import Unusable, open_picture
-from common.files import one_line, parse_json, read_json, read_text
+from common.files import find_file, one_line, parse_json, read_json, read_text
 from ltx.checkpoint import open_file, write_file
 
 MOST_TOLD = 5  # bad rows that are named; the rest is counted
@@ -75,7 +75,7 @@ def _read_row(row, folder):
         raise ValueError("no prompt")
     if not isinstance(img, str) or not img:
         raise ValueError("no img")
-    picture = folder / img
+    picture = find_file(folder, img)
     if not picture.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"{one_line(img, 60)} leads out of the list's folder")
     try:

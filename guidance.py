@@ -22,8 +22,11 @@ paper:       three model streams at inference, text adherence and reference fide
 our reading: which three, and the sums; none is claimed to be the paper's. Default `text_first`: its
              reference delta is "with minus without the reference tokens", and two of its streams
              never see a reference token, as the base model never did. Neighbours: InstructPix2Pix,
-             Phantom and Lynx sum as `reference_first`; on LTX itself, ID-LoRA (arXiv 2603.10256)
-             and the BFS nodes for ComfyUI sum as `two_deltas`.
+             Phantom and Lynx sum as `reference_first`. What is published for LTX keeps the
+             reference beside the negative prompt and sums as `two_deltas`: ID-LoRA (arXiv
+             2603.10256, LTX-2 and 2.3; its reference is a voice) and ComfyUI-BFSNodes
+             (ltx_identity_overlap.py, a face). None uses our default, so it holds for weights that
+             were trained here; sample.py asks a LoRA that says nothing of itself by `two_deltas`.
 
 Conventions. A scale of 1 is off: the condition is there, its delta not amplified; at (1, 1) every
 order is v_RT. 0 removes the reference (s_R in `text_first`) or the prompt (s_T in

@@ -177,10 +177,13 @@ def rotary_tables(
     missing = dim // 2 - angles.shape[-1]
     angles = torch.nn.functional.pad(angles, (missing, 0))                # (B, N, dim/2), cos 0 = 1
     angles = angles.reshape(B, N, heads, -1).transpose(1, 2)              # (B, nh, N, hd/2)
+    cos, sin = angles.cos(), angles.sin()                                 # (B, nh, N, hd/2)
     if turn.shape[1]:  # every head alike, fading over its channels from 1 to almost 0
         d = torch.arange(angles.shape[-1], device=angles.device)          # (hd/2,)
-        angles = angles + turn[..., None] * 10000.0 ** (-d / len(d))      # (B, nh, N, hd/2)
-    return angles.cos(), angles.sin()
+        more = turn[..., None] * 10000.0 ** (-d / len(d))                 # (B, 1, N, hd/2)
+        # A turn more, not an angle more: beside 1e4 rad, float32 would round it to 1e-3.
+        cos, sin = cos * more.cos() - sin * more.sin(), sin * more.cos() + cos * more.sin()
+    return cos, sin
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

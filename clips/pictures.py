@@ -16,7 +16,7 @@ eight bits of 16-bit colour, which is what sRGB keeps of it.
     picture = open_picture(Path("face.jpg"))               # any mode, profile and orientation
     canvas = load_canvas(Path("face.jpg"), 512, 768)       # (3, 512, 768), for --ref
 
-Read next: clips/container.py
+Read next: clips/batch.py
 """
 
 import io
@@ -137,12 +137,14 @@ def to_srgb(image: Image.Image, profile: bytes, path: object) -> Image.Image:
 
 @cache
 def _warn_once(text):
-    warn(text)  # a training opens the same reference again and again
+    warn(text)  # the same reference is opened again and again
 
 
-def load_canvas(path: Path, height: int, width: int) -> Tensor:
+def load_canvas(path: Path, height: int, width: int, crop: bool = False) -> Tensor:
     """A reference of the user's on a canvas of the video's size, (3, h, w) in [-1, 1].
 
+    crop: the largest part around its middle that has the video's shape, instead of the whole
+    picture on white. our reading: for weights that were trained so (ltx/options.py).
     Raises ValueError, one line that says what to do.
     """
     if not path.is_file():
@@ -150,11 +152,13 @@ def load_canvas(path: Path, height: int, width: int) -> Tensor:
         raise ValueError(f"expected a picture at {path}, got {got}; check --ref")
     try:
         image = open_picture(path)
-        canvas = letterbox(image, height, width)
+        size, filter_ = (width, height), Image.Resampling.BILINEAR
+        canvas = letterbox(ImageOps.fit(image, size, filter_) if crop else image, height, width)
     except (ValueError, OSError) as error:
         raise ValueError(f"expected a readable picture at {path}, got "
                          f"{getattr(error, 'detail', error)}; save it as PNG or JPEG, not huge"
                          ) from error
     if min(image.size) < SMALL:
-        warn(f"the reference has {image.width}x{image.height} pixels, too few to show a face")
+        _warn_once(f"the reference {path} has {image.width}x{image.height} pixels, too few to show "
+                   "a face")
     return canvas

@@ -6,6 +6,7 @@ given (the checkpoint, else LTX-2.3's official one), and what cannot be meant.
 
 LTX-2.3:     the names and the official numbers.
 paper:       nothing of this (ST-DRC, arXiv 2606.02441, gives no interface).
+our reading: PRESETS, for public weights that were trained in another way than the paper's.
 
     args = build_parser().parse_args()
     resolve_numbers(args, read_inference(config, path))
@@ -15,6 +16,7 @@ Read next: clips/pictures.py
 """
 
 import argparse
+import re
 import string
 from difflib import get_close_matches
 from pathlib import Path
@@ -40,6 +42,14 @@ examples:
       {LTX23_FLAGS} --lora st-drc.safetensors
   python sample.py --plan     what the real model needs, and which card holds it
 """
+# How weights that are not ours want to be asked; a flag that is given wins over each. our reading:
+# LTX-Best-Face-ID as its own nodes run it (ComfyUI-BFSNodes, ltx_identity_overlap.py). They advise
+# text 3 to 5 and reference 2 to 4 and name no best pair, so the middle of both stands here.
+PRESETS = {
+    "none": {"canvas": "letterbox"},
+    "best-face-id": {"placement": "overlap_phase", "order": "two_deltas", "text_scale": 4.0,
+                     "ref_scale": 3.0, "canvas": "crop", "prefix": "ref_t2v:"},
+}
 RANGES = {"height": (1, 10**6), "width": (1, 10**6), "num_frames": (1, 10**8),
           "frame_rate": (1, 240), "num_inference_steps": (1, 10_000), "text_scale": (0, 1000),
           "ref_scale": (0, 1000), "rescale": (0, 1), "stg_scale": (0, 1000),
@@ -55,6 +65,10 @@ def build_parser() -> Parser:
     known = {k: f"(default: the checkpoint's, else {v})" for k, v in INFERENCE.items()}
     add("--ref", type=Path, metavar="PICTURE", help="the face, any format and size (required)")
     add("--prompt", help="what happens, beginning with a description of the person (required)")
+    add("--batch", type=Path, metavar="JSON",
+        help="instead of both: a list of {img, prompt}, a video for each")
+    add("--output-folder", type=Path, metavar="FOLDER",
+        help="of --batch: 1.mp4, 2.mp4, ...; what is there is not made again")
     add("--negative-prompt", default="", help="what to steer away from (default: empty)")
     add("--checkpoint-path", type=Path, default=TINY / "model.safetensors",
         help="LTX-2.3 file (default: the bundled one)")
@@ -64,7 +78,12 @@ def build_parser() -> Parser:
         help="LoRA file and strength, 1 if left out; give it again for another (default: none)")
     add("--output-path", type=Path, default=Path("out.mp4"),
         help="(default: %(default)s; .png and .json beside it)")
-    add("--seed", type=int, default=0, help="(default: %(default)s)")
+    add("--seed", type=int, default=0,
+        help="of a batch's first case; each next one has one more (default: %(default)s)")
+    add("--preset", choices=PRESETS,
+        help="how public weights want to be asked (default: by the LoRA's name, else none)")
+    add("--canvas", choices=("letterbox", "crop"),
+        help="the whole picture on white, or its middle (default: the preset's, else letterbox)")
     add("--height", type=int, help=f"pixels {known['height']}")
     add("--width", type=int, help=f"pixels {known['width']}")
     add("--num-frames", type=int, help=known["num_frames"])
@@ -76,8 +95,9 @@ def build_parser() -> Parser:
     add("--text-scale", type=float, help=f"1 = prompt not amplified {known['text_scale']}")
     add("--ref-scale", type=float,
         help=f"1 = face not amplified, 0 = no face (order text_first) {known['ref_scale']}")
-    add("--order", choices=ORDERS, default=ORDERS[0],
-        help="how the streams are summed (default: %(default)s)")
+    add("--order", choices=ORDERS,
+        help=f"how the streams are summed (default: the preset's, else {ORDERS[0]}; two_deltas for "
+             "a LoRA that names no placement)")
     add("--rescale", type=float, help=f"0 = off, 0.7 calms burnt colours {known['rescale']}")
     add("--guide-range", type=float, nargs=2, metavar=("LOW", "HIGH"),
         help=f"noise levels at which all streams are run {known['guide_range']}")
@@ -104,14 +124,45 @@ def build_parser() -> Parser:
     return parser
 
 
+def recognise(loras: list[tuple[str, float]]) -> str:
+    """The preset that a LoRA's file name tells, as Best_FaceID_v1.0_LoRA.safetensors does."""
+    names = [re.sub("[^a-z]", "", Path(path).stem.lower()) for path, _ in loras]
+    return next((preset for preset in PRESETS if preset != "none" for name in names
+                 if preset.replace("-", "") in name), "none")
+
+
+def resolve_preset(args: argparse.Namespace, trained: str | None) -> None:
+    """Preset, order of guidance and canvas, as far as no flag gave them; trained: what the headers
+    say of the placement, which is said by weights that were trained here and no others."""
+    if args.preset is None:
+        args.preset = recognise(args.lora) if trained is None else "none"
+        if args.preset != "none":
+            print(f"note: {args.preset} by the LoRA's name: "
+                  + ", ".join(f"{name} {value}" for name, value in PRESETS[args.preset].items())
+                  + ", where no flag says otherwise; --preset none for none of it")
+    for name, value in PRESETS[args.preset].items():
+        if name != "prefix" and getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.order is None:  # see guidance.py: what is published for LTX sums its streams so
+        args.order = "two_deltas" if args.lora and trained is None else ORDERS[0]
+
+
+def prefixed(prompt: str, preset: str) -> str:
+    """The prompt as the preset's weights read it: they were trained with a word in front."""
+    prefix = PRESETS[preset].get("prefix", "")
+    return prompt if prompt.lstrip().startswith(prefix) else f"{prefix} {prompt}"
+
+
 def resolve_placement(args: argparse.Namespace, transformer: nn.Module) -> None:
-    """The reference lies where it lay in training, unless the user says otherwise."""
+    """The reference lies where it lay in training, unless the user says otherwise; and the preset.
+    """
     trained, notes = trained_placement(args.checkpoint_path, args.lora, transformer)
     print(*(f"note: {note}\n" for note in notes), sep="", end="")
-    if trained is None:
+    resolve_preset(args, trained)
+    if trained is None and args.preset == "none":
         warn("neither checkpoint nor LoRA says that it was trained with references; the face may "
              "be ignored")
-    elif args.placement not in (None, trained):
+    elif trained is not None and args.placement not in (None, trained):
         warn(f"these weights were trained with --placement {trained}; {args.placement} as asked")
     args.placement = args.placement or trained or "tass"
 
@@ -158,7 +209,8 @@ def resolve_machine(args: argparse.Namespace) -> None:
     args.torch_dtype = getattr(torch, args.dtype)
     print(f"device  {args.device} ({'asked for' if asked['device'] else 'found'})")
     print(f"dtype   {args.dtype} ({'asked for' if asked['dtype'] else 'usual on this device'})")
-    print(f"seed    {args.seed} (noise drawn on the CPU)")
+    more = ", one more for each case" if args.batch else ""
+    print(f"seed    {args.seed} (noise drawn on the CPU{more})")
 
 
 def warn_of_surprises(args: argparse.Namespace, config: dict, defaults: dict, limit: float) -> None:

@@ -20,6 +20,7 @@ our reading: all scores, rows and levels of chance.
     python -m study.evaluate                           the two tables, evaluate.json, evaluate.png
     python -m study.evaluate --tables evaluate.json    the tables again, from the file alone
     python -m study.evaluate --videos FOLDER --ref face.jpg --face arcface.safetensors    your own
+    python -m study.evaluate --videos FOLDER --batch eval.json --face arcface.safetensors     each
 
 Read next: study/results.py
 """
@@ -35,11 +36,13 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
+from clips.batch import read_batch
 from clips.cache import content_hash
 from clips.face import FaceNet, align, faces_of, load_facenet, usable_landmarks
 from clips.frames import Bucket, Crop, Frame, decode, decode_still, probe
@@ -78,7 +81,8 @@ GUIDED = ("text_scale", "ref_scale", "rescale", "guide_range", "guide_every")
 BATCH = 16
 GB_PER_CLIP = 0.005  # estimated: ten copies of 9 frames of 64x64 pixels in float32 at a time
 VIDEOS = {".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi"}
-OWN_SCORES = ("similarity", "min_frame", "drift", "found", "flicker")
+OWN_SCORES = ("similarity", "min_frame", "drift", "found", "flicker", "facesim", "skipped")
+CONSISID_FRAMES = 16
 NOT_OFFLINE = (
     "Not computed, needs more than these files: whether a video follows its prompt (a captioner), "
     "whether boxes\nare right (a detector), a Fréchet distance (a reference set of {0} frames of "
@@ -375,49 +379,88 @@ def own_scores(vectors: Tensor, flicker: float, reference: Tensor) -> tuple[floa
 
     A face is compared with the reference cut out in the same way, by landmarks where both have
     them: a cosine across the two ways is too low. drift: first half less second half.
+    facesim: as ConsisID's script and the challenges after it define it (eval/get_facesim_fid.py):
+    16 frames from first to last, no cosine below 0, frames without a face left out, and 0 if no
+    frame has one. How many are left out is not told there; here that is skipped.
     """
     box, marks = torch.einsum("wfe,we->wf", vectors, reference)         # (F,) each
-    cosine = torch.where(marks.isnan(), box, marks).nan_to_num(0)
+    cosine = torch.where(marks.isnan(), box, marks)
+    picked = cosine[np.linspace(0, len(cosine) - 1, CONSISID_FRAMES, dtype=int)]      # (16,)
+    faces = picked[~picked.isnan()].clamp(min=0)
+    facesim = faces.mean().item() if len(faces) else 0.0
+    cosine = cosine.nan_to_num(0)
     half = (len(cosine) + 1) // 2
     drift, found = cosine[:half].mean() - cosine[-half:].mean(), (~box.isnan()).float().mean()
-    return cosine.mean().item(), cosine.min().item(), drift.item(), found.item(), flicker
+    return (cosine.mean().item(), cosine.min().item(), drift.item(), found.item(), flicker, facesim,
+            float(CONSISID_FRAMES - len(faces)))
 
 
-def score_folder(args: argparse.Namespace) -> None:
-    """Own videos against one picture; flicker says something only for a camera that stands still.
+def list_own(args: argparse.Namespace) -> list[tuple[Path, Path, Path, Path]]:
+    """For each own video: its path and faces file, its picture and the picture's faces file."""
+    def beside(path: Path, folder: Path | None) -> Path:
+        return find_file(folder or path.parent, f"{path.stem}.json")
 
-    Faces files as clips.manifest.load_faces reads them: <name>.json for each video and, with one
-    frame, for the picture.
-    """
-    if args.ref is None or args.face is None:
-        raise ValueError("expected --ref and --face beside --videos, got not both; "
-                         "give a picture and ArcFace weights")
-    output = args.output_path or Path("evaluate_videos.json")
-    check_file(output, ".json")
+    if args.batch:  # pictures and videos may share names here: 1.png, 1.mp4
+        rows = [(row.video(args.videos), row.img) for row in read_batch(args.batch)]
+        missing = [video.name for video, _ in rows if not video.is_file()]
+        if missing:
+            raise ValueError(f"expected {len(rows)} videos in {args.videos}, got "
+                             f"{len(rows) - len(missing)}, no {missing[0]}; make them first "
+                             "(sample.py --batch)")
+        return [(video, beside(video, args.faces_folder), img, beside(img, None))
+                for video, img in rows]
     # A name with a dot in front is a file that sample.py is still writing.
     videos = sorted(p for p in args.videos.iterdir() if p.suffix.lower() in VIDEOS
                     and p.name[0] != ".")
-    files = [find_file(args.faces_folder or p.parent, f"{p.stem}.json")
-             for p in (args.ref, *videos)]
-    if not videos or len(set(files)) < len(files):
+    face, *files = (beside(p, args.faces_folder) for p in (args.ref, *videos))
+    if not videos or len({face, *files}) <= len(files):
         raise ValueError(f"expected videos ({' '.join(sorted(VIDEOS))}) in {args.videos} and one "
                          f"faces file for each and for the picture, got {len(videos)} videos, "
-                         f"{len(set(files))} names; rename what shares one")
-    net, (face, *others) = load_facenet(args.face), [load_faces(file) for file in files]
-    reference = read_own(args.ref, face, net, decode_still)[0][:, 0]    # (2, E)
-    if reference[0].isnan().any():
-        raise ValueError(f"expected a face in {args.ref}, got none at time 0 in {files[0]}; "
-                         "take another picture")
+                         f"{len({face, *files})} names; rename what shares one")
+    return [(video, file, args.ref, face) for video, file in zip(videos, files, strict=True)]
+
+
+def read_references(pictures: dict[Path, Path], net: FaceNet) -> dict[Path, Tensor]:
+    """Pictures and their faces files -> the vectors (2, E) of each. ValueError without a face."""
+    references = {}
+    for picture, file in pictures.items():
+        vectors = read_own(picture, load_faces(file), net, decode_still)[0][:, 0]       # (2, E)
+        if vectors[0].isnan().any():
+            raise ValueError(f"expected a face in {picture}, got none at time 0 in {file}; "
+                             "take another picture")
+        references[picture] = vectors
+    return references
+
+
+def score_folder(args: argparse.Namespace) -> None:
+    """Own videos against one picture, or each against its own of a list; flicker says something
+    only for a camera that stands still.
+
+    Faces files as clips.manifest.load_faces reads them: <name>.json for each video and, with one
+    frame, for each picture.
+    """
+    if (args.ref is None) == (args.batch is None) or args.face is None:
+        raise ValueError("expected --face and one of --ref and --batch beside --videos, got "
+                         "something else; give ArcFace weights, and a picture or a list")
+    output = args.output_path or Path("evaluate_videos.json")
+    check_file(output, ".json")
+    own = list_own(args)
+    net, faces = load_facenet(args.face), [load_faces(file) for _, file, _, _ in own]
+    references = read_references({picture: file for _, _, picture, file in own}, net)
     rows = {}
-    for path, faces in tqdm(list(zip(videos, others, strict=True)), desc="videos", unit="video"):
-        values = own_scores(*read_own(path, faces, net), reference)
-        pairs = zip(OWN_SCORES, values, strict=True)
-        rows[path.name] = {"scores": {name: (value, None) for name, value in pairs}}
+    pairs = list(zip(own, faces, strict=True))
+    for (path, _, picture, _), found in tqdm(pairs, desc="videos", unit="video"):
+        values = own_scores(*read_own(path, found, net), references[picture])
+        rows[path.name] = {"scores": {name: (value, None) for name, value
+                                      in zip(OWN_SCORES, values, strict=True)}}
     each = {name: torch.tensor([row["scores"][name][0] for row in rows.values()])
             for name in OWN_SCORES}
     rows["mean"] = {"scores": {name: scores.summarise(values) for name, values in each.items()}}
-    told = NOT_OFFLINE.format(reference.shape[1])
-    write_json(output, {"rows": rows, "not_computed": told, "arguments": arguments_of(args)})
+    total = int(each["skipped"].sum())
+    told = (f"facesim skips {total} of {CONSISID_FRAMES * len(own)} frames, which show no face.\n"
+            + NOT_OFFLINE.format(net.fc.out_features))
+    write_json(output, {"rows": rows, "frames_skipped": total, "not_computed": told,
+                        "arguments": arguments_of(args)})
     print(f"{tables(rows, OWN_SCORES)}\nwrote {output}\n{told}")
 
 
@@ -449,8 +492,11 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--tables", type=Path, metavar="JSON", help="only print the tables of a finished one")
     add("--videos", type=Path, metavar="FOLDER", help="score own videos instead")
     add("--ref", type=Path, help="own videos: picture of the person")
+    add("--batch", type=Path, metavar="JSON",
+        help="own videos: instead, the list of sample.py --batch, with a picture for each")
     add("--face", type=Path, help="own videos: ArcFace weights (safetensors, see clips/face.py)")
-    add("--faces-folder", type=Path, help="own videos: faces files; default: beside each video")
+    add("--faces-folder", type=Path,
+        help="own videos: their faces files and that of --ref; default: beside each video")
     return p.parse_args(words)
 
 

@@ -257,9 +257,53 @@ def test_landmarks_are_compared_with_landmarks_and_boxes_with_boxes():
     vectors, reference = torch.full((2, 3, 2), math.nan), torch.eye(2)  # box e0, landmarks e1
     vectors[0, :2] = torch.tensor([0.5, 0.0])
     vectors[1, 0] = torch.tensor([0.0, 0.9])
-    mean, low, _, found, _ = evaluate.own_scores(vectors, 0.0, reference)
+    mean, low, _, found, *_ = evaluate.own_scores(vectors, 0.0, reference)
     assert mean == pytest.approx((0.9 + 0.5 + 0) / 3) and low == 0
     assert found == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("frames", [5, 16, 40])
+def test_facesim_is_consisids_mean_over_16_frames_and_says_how_many_it_skips(frames):
+    g = seeded(3, str(frames))
+    cosine = torch.rand(frames, generator=g) * 2 - 1
+    cosine[::3] = math.nan                                             # no face
+    vectors = torch.stack([cosine, cosine * math.nan])[..., None]      # (2, F, 1), by box alone
+    *_, facesim, skipped = evaluate.own_scores(vectors, 0.0, torch.ones(2, 1))
+    picked = [cosine[int(i * (frames - 1) / 15)].item() for i in range(16)]
+    kept_ = [max(0.0, value) for value in picked if not math.isnan(value)]
+    assert 0 < len(kept_) < 16 and skipped == 16 - len(kept_)
+    assert facesim == pytest.approx(sum(kept_) / len(kept_))
+    *_, facesim, skipped = evaluate.own_scores(vectors * math.nan, 0.0, torch.ones(2, 1))
+    assert (facesim, skipped) == (0.0, 16)
+
+
+def test_a_benchmarks_videos_are_each_scored_against_their_own_picture(own, capsys):
+    folder = own[0].parent
+    (folder / "out").mkdir()
+    (folder / "faces").mkdir()
+    for number, name in ((1, "ben"), (2, "ada")):
+        (folder / f"{name}.mp4").rename(folder / "out" / f"{number}.mp4")
+        (folder / f"{name}.json").rename(folder / "faces" / f"{number}.json")
+    faces = json.loads((folder / "faces" / "2.json").read_text())
+    shown = json.dumps(faces | {"frames": faces["frames"][:6]})        # of 9
+    (folder / "faces" / "2.json").write_text(shown)
+    rows = [{"img": f"{name}-face.png", "prompt": "x"} for name in ("ben", "ada")]
+    (folder / "eval.json").write_text(json.dumps(rows))
+    words = ["--videos", folder / "out", "--batch", folder / "eval.json", "--faces-folder",
+             folder / "faces", "--face", TINY / "face.safetensors", "--output-path",
+             folder / "scores.json"]
+    status, out, err = run(capsys, *words)
+    assert status == 0, err
+    record = json.loads((folder / "scores.json").read_text())
+    found = {name: row["scores"] for name, row in record["rows"].items()}
+    assert min(found["1.mp4"]["facesim"][0], found["2.mp4"]["facesim"][0]) > 0.7, found
+    assert found["1.mp4"]["skipped"][0] == 0
+    skipped = sum(int(i * 8 / 15) >= 6 for i in range(16))             # frames 6, 7, 8 of 0..8
+    assert found["2.mp4"]["skipped"][0] == skipped == record["frames_skipped"] > 0
+    assert f"facesim skips {skipped} of 32 frames" in out
+    (folder / "out" / "2.mp4").unlink()
+    refused(capsys, words, "expected 2 videos")
+    refused(capsys, [*words, "--ref", own[0]], "one of --ref and --batch")
 
 
 def test_flicker_is_the_change_at_the_border_in_brightness_from_0_to_1(tmp_path):
@@ -285,7 +329,7 @@ def test_bad_own_videos_are_one_line_and_nothing_is_written(own, capsys):
         flags = {"videos": folder, "ref": ref, "face": TINY / "face.safetensors",
                  "output-path": folder / "out.json"} | changed
         refused(capsys, [w for k, v in flags.items() if v for w in (f"--{k}", v)], told)
-    refuse("--ref and --face", face=None)
+    refuse("--face and one of --ref and --batch", face=None)
     refuse("a file name that ends in .json", **{"output-path": folder / "out.csv"})
     refuse("nowhere", videos=folder / "nowhere")
     refuse("got 0 videos", videos=folder / "empty")

@@ -99,9 +99,12 @@ def keep(folder: Path, exercise: Exercise, sides: dict[str, tuple[str, dict, lis
     """
     (_, scores, a), (_, _, b) = sides.values()
     changed = [] if scores else [pair for pair in zip(a, b, strict=False) if pair[0] != pair[1]]
-    record = {side: {"clips": name, "scores": {s: cell(s, found) for s in SCORES if s in found}}
+    shown = {side: {"clips": name, "scores": {s: cell(s, found) for s in SCORES if s in found}}
               for side, (name, found, _) in sides.items()}
-    write_json(folder / f"{exercise.number}.json", exercise._asdict() | record | {"lines": changed})
+    record = {"number": exercise.number, "title": exercise.title, "file": exercise.file,
+              "change": [exercise.before, exercise.after], "command": exercise.command,
+              "lines": changed, **shown}
+    write_json(folder / f"{exercise.number}.json", record)
 
 
 def cell(name: str, scores: dict) -> str:

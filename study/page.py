@@ -1,10 +1,10 @@
 """docs/explorer.html: the method to look at and to play with, one file that needs no server.
 
-The idea. A picture in a README shows the one case that its author chose. The explorer page lets the
-reader choose: two guidance scales, a token, a step, an augmentation, an exercise. Nothing is
-computed in the browser. All that the page can show is made here, through the functions that sampling
-and training use, and stored in the page; study/page.html draws it and decides nothing. The failure
-this prevents: a demo with formulas of its own, which goes on showing what the code once did.
+The idea. A picture in a README shows the one case that its author chose. The explorer page lets
+the reader choose: two guidance scales, a token, a step, an augmentation, an exercise. Nothing is
+computed in the browser. All that the page can show is made here, through the functions that
+sampling and training use, and stored in the page; study/page.html draws it and decides nothing.
+The failure this prevents: a demo with formulas of its own, which shows what the code once did.
 
 paper:        what is shown: reference tokens, TASS-RoPE, augmentation, three streams (ST-DRC, arXiv
               2606.02441).
@@ -39,7 +39,7 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 import losses
 from augment import AugmentStrength, augment_color, augment_layout, augment_pose, augment_reference
@@ -47,17 +47,33 @@ from clips.face import load_facenet
 from common.cli import Parser, check_file, check_folder, command
 from common.files import atomic_write, read_json
 from common.seeds import seeded
-from guidance import BOTH, NULL, ORDERS, REF, TEXT, Guidance, guidance_steps, stream_weights
-from guidance import guide, guided_sum
+from guidance import (
+    BOTH,
+    NULL,
+    ORDERS,
+    REF,
+    TEXT,
+    Guidance,
+    guidance_steps,
+    guide,
+    guided_sum,
+    stream_weights,
+)
 from ltx.fast_cpu import FastCPU
 from ltx.load import guidance_from, layout_from
 from model import TransformerConfig, VideoTransformer, euler_step, ltx_sigmas
-from reference import (Reference, append_reference, encode_reference, letterbox, predict_velocity,
-                       unpatchify)
+from reference import (
+    Reference,
+    append_reference,
+    encode_reference,
+    letterbox,
+    predict_velocity,
+    unpatchify,
+)
 from rope import PLACEMENTS, Layout, apply_rotary, reference_grid, rotary_tables, video_grid
 from sample import denoise_steps
 from study import evaluate, scores
-from study.figures import HERE, NAMES, TINY
+from study.figures import HERE, NAMES
 from toy import world
 from toy.config import EXAMPLES
 from toy.head import load_head
@@ -76,7 +92,8 @@ class Plan(NamedTuple):
 
     people: int = 4                   # of toy.config.EXAMPLES
     prompts: int = 2                  # of PROMPTS
-    multiples: tuple = (1, 1.5, 2.5)  # of the checkpoint's scales; 0 and 1 come on top
+    fixed: tuple = (0.0, 1.0)         # scales of the dials
+    multiples: tuple = (1, 1.5, 2.5)  # and these times the checkpoint's own
     orders: tuple = ORDERS
     steps: int = 10                   # of the dials
     walk: int = 0                     # steps of the walk, 0 = the checkpoint's
@@ -87,7 +104,8 @@ class Plan(NamedTuple):
     exercises: bool = True
 
 
-QUICK = Plan(1, 1, (1,), ORDERS[::2], 2, 3, ("tass", "overlap"), 2, 1, 8, False)
+QUICK = Plan(2, 2, (1.0,), (1,), ORDERS[::2], 2, 3, ("tass", "overlap"), levels=2, draws=2,
+             copies=8, exercises=False)
 
 
 # ------------------------------------------------------------ how things travel
@@ -155,7 +173,7 @@ class Studio:
 
     @torch.no_grad()
     def first(self) -> dict[str, Tensor]:
-        """What sampling needs for the first person and prompt: noise, contexts, reference tokens."""
+        """What sampling the first clip needs: noise, contexts, reference tokens."""
         m, layout = self.models, self.layout()
         L = layout.F * layout.H * layout.W
         return {"noise": torch.randn(1, L, m.vae.latent_channels, generator=seeded(0, 0)),
@@ -168,11 +186,11 @@ class Studio:
 
     @torch.no_grad()
     def seen(self, tokens: Tensor) -> Tensor:
-        """Video tokens (1, L, C), decoded: first, middle and last frame, (3, 3, h, w) uint8."""
+        """Video tokens (1, L, C), decoded: a frame for each latent one, (F, 3, h, w) uint8."""
         layout = self.layout()
         video = self.models.vae.decode(unpatchify(tokens, layout.F, layout.H, layout.W))
         video = world.to_uint8(video.clamp(-1, 1))[0]                       # (3, F, h, w)
-        return video[:, [0, video.shape[1] // 2, -1]].transpose(0, 1)
+        return video[:, ::layout.time_scale].transpose(0, 1)
 
 
 def cast(rows: list[int], prompts: int, size: int, frames: int) -> dict:
@@ -193,7 +211,7 @@ def cast(rows: list[int], prompts: int, size: int, frames: int) -> dict:
 def dials(studio: Studio) -> dict:
     """Clips and two scores of every order and pair of scales."""
     plan, args = studio.plan, studio.args
-    texts, refs = (sorted({0.0, 1.0, *(studio.numbers[name] * k for k in plan.multiples)})
+    texts, refs = (sorted({*plan.fixed, *(studio.numbers[name] * k for k in plan.multiples)})
                    for name in ("text_scale", "ref_scale"))
     done, clips, similarity, prompt = {}, {}, {}, {}
     for order, text, ref in product(plan.orders, texts, refs):
@@ -219,7 +237,8 @@ def dials(studio: Studio) -> dict:
                        for t, r in product(texts, refs)] for order in plan.orders}
     return {"texts": texts, "refs": refs, "sheets": sheets, "weights": weights,
             "usual": [studio.numbers["text_scale"], studio.numbers["ref_scale"]],
-            "steps": plan.steps, "prompts": studio.data["captions"][:plan.prompts],
+            "steps": plan.steps, "frames": studio.numbers["num_frames"],
+            "prompts": studio.data["captions"][:plan.prompts],
             "similarity": {k: _rounded(v) for k, v in similarity.items()},
             "prompt": {k: _rounded(v) for k, v in prompt.items()},
             "sources": source(guided_sum, stream_weights, guide, scores.identity_scores)}
@@ -293,7 +312,7 @@ def places(studio: Studio) -> dict:
         walk = denoise_steps(model, sigmas=sigmas, layout=layout, **start,
                              guidance=guidance_from(studio.numbers, ORDERS[0]))
         x, maps = start["noise"], []
-        for i, (following, x0) in enumerate(walk):
+        for i, (following, _) in enumerate(walk):
             if i in steps:
                 maps.append(attention(model, x, sigmas[i:i + 1], start["context"],
                                       start["reference_tokens"], layout)[..., -R:])
@@ -304,7 +323,7 @@ def places(studio: Studio) -> dict:
         out["placements"][placement] = {
             "grid": reference_grid(layout.F, layout.H, layout.W, placement).tolist(),
             "place": packed((by_place + 1) / 2), "attention": grey((maps / most).flatten(0, 2)),
-            "share": packed(maps.sum(-1)), "frames": sheet(studio.seen(x0)[None], 80)}
+            "share": packed(maps.sum(-1)), "frames": sheet(studio.seen(x)[None], 80)}
     return out
 
 
@@ -329,7 +348,7 @@ def walk(studio: Studio) -> dict:
         x = following
     weights = stream_weights(guidance)
     return {"sigmas": [round(s, 3) for s in sigmas.tolist()], "sheet": sheet(torch.stack(rows), 55),
-            "runs": guidance_steps(sigmas, guidance), "prompt": studio.data["captions"][0],
+            "runs": guidance_steps(sigmas, guidance), "frames": layout.F,
             "weights": [weights.get(s, 0) for s in (NULL, TEXT, REF, BOTH)],
             "sources": source(denoise_steps, predict_velocity, append_reference,
                               losses.clean_estimate, euler_step)}
@@ -373,7 +392,7 @@ def exercises(studio: Studio, people: int = 4) -> list[dict]:
         half.rename(folder)
     out = []
     for path in sorted(folder.glob("*.json"), key=lambda path: int(path.stem)):
-        told = read_json(path)
+        told = read_json(path) | {"people": people}
         for side in (told["before"], told["after"]):
             clips = folder / f"{side['clips']}.safetensors"
             if clips.exists():

@@ -369,7 +369,7 @@ def augmentation(studio: Studio) -> dict:
             shown = picture
             for change, s in zip((augment_color, augment_pose, augment_layout), strength,
                                  strict=True):
-                shown = change(shown, seeded(draw, len(row)), s)  # each family a draw of its own
+                shown = change(shown, seeded(draw, 1), s)  # a slider leaves the others' draws alone
             row.append(shown)
         many = picture.expand(plan.copies, -1, -1, -1)
         mean.append(price(augment_reference(many, seeded(0), AugmentStrength(*strength))))

@@ -45,7 +45,7 @@ class Browser:
             self.call(f"{domain}.enable")
         self.resize(self.width)
         self.call("Page.navigate", url=self.address)
-        self.wait("document.readyState === 'complete'")
+        self.wait("location.href !== 'about:blank' && document.readyState === 'complete'")
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -80,7 +80,8 @@ class Browser:
             if told.get("id") == self.count:
                 assert "error" not in told, told["error"]
                 return told["result"]
-            self._event(told["method"], told["params"]) if "method" in told else None
+            if "method" in told:
+                self._event(told["method"], told["params"])
 
     def _event(self, method: str, params: dict) -> None:
         if method == "Runtime.exceptionThrown":

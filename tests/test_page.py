@@ -19,10 +19,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import model as model_file
+from augment import AugmentStrength, augment_color, augment_layout, augment_pose, augment_reference
 from bench import exercises
+from common.seeds import seeded
 from guidance import Guidance, stream_weights
 from model import TransformerConfig, VideoTransformer
-from reference import Reference, predict_velocity
+from reference import Reference, letterbox, predict_velocity
 from rope import Layout, score_map
 from study import page
 from training.run import load_state
@@ -101,7 +103,7 @@ def test_a_clip_stands_where_its_order_scales_person_and_prompt_say(made):
         told = dials["weights"][order][2 * text + ref]
         assert told == {page.NAMES[stream]: w for stream, w in weights.items()}
     assert all(0 <= v <= 1 for rows in dials["prompt"].values() for row in rows for v in row)
-    # at text scale 1 these orders are one sum
+    assert len([*folder.glob("t*-*-*")]) == 6  # of 8: at text scale 1 these orders are one sum
     assert dials["similarity"]["text_first"][:2] == dials["similarity"]["two_deltas"][:2]
     assert dials["similarity"]["text_first"][2:] != dials["similarity"]["two_deltas"][2:]
 
@@ -175,8 +177,15 @@ def test_a_copy_costs_nothing_unchanged_and_more_with_strength(made):
     assert augment["mean"][-1] > augment["mean"][1] > 0        # all at 2, layout at 0.5
     shown = tiles(augment["sheet"]).float()
     assert len(shown) == 64 and (shown[0] - shown[-1]).abs().mean() > 10
-    # colour alone moves nothing, layout does: row 16 k is colour, row k layout
-    assert augment["own"][1] != augment["own"][4] != augment["own"][16]
+    picture = letterbox(Image.open(page.HERE / "examples" / "ada.png"), 64, 64)[None]
+    # Row 16 c + 4 p + l: colour, pose and layout. Here all of them at strength 2.
+    copies = augment_reference(picture.expand(8, -1, -1, -1), seeded(0), AugmentStrength(2, 2, 2))
+    price = ((copies - picture).numpy() ** 2).mean() / picture.numpy().var(ddof=1)
+    assert augment["mean"][-1] == pytest.approx(price, abs=1e-3)
+    for row, change in ((48, augment_color), (12, augment_pose), (3, augment_layout)):
+        error = (tiles(augment["sheet"])[row, 1].permute(2, 0, 1) / 127.5 - 1
+                 - change(picture[0], seeded(1, 1), 2.0)).abs().mean()
+        assert error < 0.1, change
 
 
 def test_exercises_keep_what_changed(made):
@@ -306,15 +315,14 @@ def strips_of(browser: Browser) -> list[str]:
 
 def test_the_browser_shows_the_clip_that_was_chosen(browser, made):
     clips = {path.stem: load_state(path)[0]["video"][1, :, 4] for path in made[2].glob("t*-*-*")}
-    assert len(clips) == 6  # of 8: the two orders agree at text scale 1
     for wanted in ("two_deltas-2-1", "text_first-2-2.5"):
         order, text, ref = wanted.split("-")
-        pixels = browser.value(f"""(() => {{
-            Object.assign(dial, {{person: 0, prompt: 1, order: orders.indexOf('{order}'),
-                text: dials.texts.indexOf({text}), ref: dials.refs.indexOf({ref})}});
-            moment = 4; drawDials();
-            const pen = $('dial-clip').getContext('2d');
-            return Array.from(pen.getImageData(0, 0, 64, 64).data); }})()""")
+        browser.value(f"""Object.assign(dial, {{person: 0, prompt: 1,
+            order: orders.indexOf('{order}'), text: dials.texts.indexOf({text}),
+            ref: dials.refs.indexOf({ref})}}); moment = 4; drawDials()""")
+        browser.wait("[...pictures.values()].every((image) => image.complete)")
+        pixels = browser.value("Array.from($('dial-clip').getContext('2d')"
+                               ".getImageData(0, 0, 64, 64).data)")
         shown = torch.tensor(pixels).view(64, 64, 4)[..., :3].permute(2, 0, 1).float()
         errors = {name: (clip - shown).abs().mean().item() for name, clip in clips.items()}
         assert min(errors, key=errors.get) == wanted and errors[wanted] < 10

@@ -16,7 +16,7 @@ row and a column name one. Numbers 0..1 travel as bytes. Everything is a functio
 the code: finished clips are kept under --folder by a hash of both, and the same command goes on.
 The dials take STEPS steps instead of the checkpoint's, to halve the time; the walk takes all.
 
-    python -m study.page                        ten minutes on one core, exercises five more
+    python -m study.page                        ten minutes on one core
     python -m study.page --quick --output-path quick.html      a small one, in seconds
 
 Read next: docs/exercises.md
@@ -101,11 +101,11 @@ class Plan(NamedTuple):
     levels: int = 4                   # noise levels at which attention is looked at
     draws: int = 4                    # dice of the augmentation
     copies: int = 200                 # draws over which the cost of a copy is averaged
-    exercises: bool = True
+    exercises: int = 8                # people on whom they are scored; 0 = no exercises
 
 
 QUICK = Plan(2, 2, (1.0,), (1,), ORDERS[::2], 2, 3, ("tass", "overlap"), levels=2, draws=2,
-             copies=8, exercises=False)
+             copies=8, exercises=0)
 
 
 # ------------------------------------------------------------ how things travel
@@ -382,17 +382,19 @@ def augmentation(studio: Studio) -> dict:
 
 def exercises(studio: Studio, people: int = 4) -> list[dict]:
     """Before and after of every exercise, from what `python -m bench.exercises --keep` has kept."""
-    if not studio.plan.exercises:
+    scored = studio.plan.exercises
+    if not scored:
         return []
     folder = studio.folder / "exercises"
     if not folder.exists():
         half = folder.with_name("exercises.half")  # renamed when it is complete
-        call = [sys.executable, "-m", "bench.exercises", "--keep", str(half.absolute())]
+        call = [sys.executable, "-m", "bench.exercises", "--people", str(scored), "--keep",
+                str(half.absolute())]
         subprocess.run(call, cwd=HERE, check=True, stdout=subprocess.DEVNULL)
         half.rename(folder)
     out = []
     for path in sorted(folder.glob("*.json"), key=lambda path: int(path.stem)):
-        told = read_json(path) | {"people": people}
+        told = read_json(path) | {"people": people, "scored": scored}
         for side in (told["before"], told["after"]):
             clips = folder / f"{side['clips']}.safetensors"
             if clips.exists():

@@ -36,6 +36,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 def keep_two_exercises(call, **options):
     """In the place of `python -m bench.exercises --keep`, which takes minutes: one exercise with
     clips, dark before and light after, and one with lines."""
+    assert call[1:5] == ["-m", "bench.exercises", "--people", "5"]
     folder = page.Path(call[-1])
     folder.mkdir()
     for name, value in (("plain-0", 60), ("1", 200)):
@@ -54,7 +55,7 @@ def made(tmp_path_factory):
     """The small page, its data, and the folder of its clips."""
     folder = tmp_path_factory.mktemp("page")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(page, "QUICK", page.QUICK._replace(exercises=True))
+        patch.setattr(page, "QUICK", page.QUICK._replace(exercises=5))
         patch.setattr(page.subprocess, "run", keep_two_exercises)
         words = ["--quick", "--output-path", str(folder / "it.html"), "--folder", str(folder)]
         assert page.main(words) == 0

@@ -105,7 +105,7 @@ class Plan(NamedTuple):
 
 
 QUICK = Plan(2, 2, (1.0,), (1,), ORDERS[::2], 2, 3, ("tass", "overlap"), levels=2, draws=2,
-             copies=8, exercises=0)
+             copies=40, exercises=0)
 
 
 # ------------------------------------------------------------ how things travel

@@ -180,7 +180,8 @@ def test_a_copy_costs_nothing_unchanged_and_more_with_strength(made):
     assert len(shown) == 64 and (shown[0] - shown[-1]).abs().mean() > 10
     picture = letterbox(Image.open(page.HERE / "examples" / "ada.png"), 64, 64)[None]
     # Row 16 c + 4 p + l: colour, pose and layout. Here all of them at strength 2.
-    copies = augment_reference(picture.expand(8, -1, -1, -1), seeded(0), AugmentStrength(2, 2, 2))
+    copies = picture.expand(augment["copies"], -1, -1, -1)
+    copies = augment_reference(copies, seeded(0), AugmentStrength(2, 2, 2))
     price = ((copies - picture).numpy() ** 2).mean() / picture.numpy().var(ddof=1)
     assert augment["mean"][-1] == pytest.approx(price, abs=1e-3)
     for row, change in ((48, augment_color), (12, augment_pose), (3, augment_layout)):
@@ -302,7 +303,7 @@ def test_each_control_changes_what_it_should_and_nothing_else(browser):
         browser.wait("[...pictures.values()].every((image) => image.complete)")
         after = look(browser, WATCHED)
         changed = {name for name in before if before[name] != after[name]}
-        assert changed == set(wanted.split()), words
+        assert changed == set(wanted.split()), (words, changed)
         moved = [a != b for a, b in zip(strips, strips_of(browser), strict=True)]
         assert moved[:6] == [words.startswith("key #walk")] * 6, words
         assert any(moved[6:]) == ("exercise-side" in words), words
@@ -322,8 +323,10 @@ def test_the_browser_shows_the_clip_that_was_chosen(browser, made):
             order: orders.indexOf('{order}'), text: dials.texts.indexOf({text}),
             ref: dials.refs.indexOf({ref})}}); moment = 4; drawDials()""")
         browser.wait("[...pictures.values()].every((image) => image.complete)")
-        pixels = browser.value("Array.from($('dial-clip').getContext('2d')"
-                               ".getImageData(0, 0, 64, 64).data)")
+        pixels = browser.value("""(() => {
+            const pen = new OffscreenCanvas(64, 64).getContext("2d", {willReadFrequently: true});
+            pen.drawImage($("dial-clip"), 0, 0);
+            return Array.from(pen.getImageData(0, 0, 64, 64).data); })()""")
         shown = torch.tensor(pixels).view(64, 64, 4)[..., :3].permute(2, 0, 1).float()
         errors = {name: (clip - shown).abs().mean().item() for name, clip in clips.items()}
         assert min(errors, key=errors.get) == wanted and errors[wanted] < 10

@@ -7,8 +7,10 @@ takes about a quarter of a minute on two cores.
 
     python -m bench.exercises            all, and the table for docs/exercises.md
     python -m bench.exercises 1 4        these
+    python -m bench.exercises --people 8 --keep runs/exercises      clips for study/page.py
 """
 
+import argparse
 import json
 import re
 import shlex
@@ -20,6 +22,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tqdm import tqdm
+
+from common.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = ROOT / "docs" / "exercises.md"
@@ -58,8 +62,12 @@ def change(source: str, exercise: Exercise) -> str:
     return source.replace(exercise.before + "\n", exercise.after + "\n")
 
 
-def run(exercise: Exercise | None, command: str) -> tuple[dict, list[str]]:
-    """Scores and printed lines of a command in a copy of the repository, changed or not."""
+def run(exercise: Exercise | None, command: str, clips: Path | None = None
+        ) -> tuple[dict, list[str]]:
+    """Scores and printed lines of a command in a copy of the repository, changed or not.
+
+    clips: where the clips that were scored are kept, if there are any.
+    """
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         for path in ROOT.iterdir():
@@ -78,32 +86,66 @@ def run(exercise: Exercise | None, command: str) -> tuple[dict, list[str]]:
                               text=True)
         if done.returncode:
             raise RuntimeError(f"{command}: {done.stderr.strip().splitlines()[-1]}")
+        for made in folder.glob("runs/evaluate/*/own_reference.safetensors") if clips else ():
+            clips.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(made, clips)
         record = folder / "evaluate.json"
         rows = json.loads(record.read_text())["rows"] if record.exists() else {}
     return rows.get("own reference", {}).get("scores", {}), done.stdout.splitlines()
 
 
+def keep(folder: Path, exercise: Exercise, sides: dict[str, tuple[str, dict, list[str]]]) -> None:
+    """Write what study/page.py shows. sides: "before", "after": name of the clips, result of `run`.
+    """
+    (_, scores, a), (_, _, b) = sides.values()
+    changed = [] if scores else [pair for pair in zip(a, b, strict=False) if pair[0] != pair[1]]
+    shown = {side: {"clips": name, "scores": {s: cell(s, found) for s in SCORES if s in found}}
+              for side, (name, found, _) in sides.items()}
+    record = {"number": exercise.number, "title": exercise.title, "file": exercise.file,
+              "change": [exercise.before, exercise.after], "command": exercise.command,
+              "lines": changed, **shown}
+    write_json(folder / f"{exercise.number}.json", record)
+
+
+def cell(name: str, scores: dict) -> str:
+    return f"{100 * scores[name][0]:.0f} %" if name in SHARES else f"{scores[name][0]:.3f}"
+
+
 def cells(name: str, scores: dict) -> str:
-    told = (f"{100 * scores[s][0]:.0f} %" if s in SHARES else f"{scores[s][0]:.3f}" for s in SCORES)
-    return f"| {name} | " + " | ".join(told) + " |"
+    return f"| {name} | " + " | ".join(cell(s, scores) for s in SCORES) + " |"
 
 
-def main(numbers: list[str]) -> int:
-    known = [e for e in read(TEXT.read_text(encoding="utf-8"))
-             if not numbers or str(e.number) in numbers]
+def main(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("numbers", nargs="*", help="which exercises (default: all)")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="for clips and scores of each")
+    parser.add_argument("--people", type=int, help="to score, instead of as many as the text says")
+    args = parser.parse_args(words)
+    text = TEXT.read_text(encoding="utf-8")
+    if args.people:
+        text = re.sub(r"--people \d+", f"--people {args.people}", text)
+    everything = read(text)
+    known = [e for e in everything if not args.numbers or str(e.number) in args.numbers]
     table, texts, usual = [], [], {}
+
+    def made(exercise: Exercise | None, command: str, name: str) -> tuple[str, dict, list[str]]:
+        clips = args.keep and args.keep / f"{name}.safetensors"
+        return name, *run(exercise, command, clips)
     for exercise in tqdm(known, desc="exercises", unit="exercise"):
-        if exercise.file and exercise.command not in usual:  # what it says without any change
-            usual[exercise.command] = run(None, exercise.command)
-            if scores := usual[exercise.command][0]:
-                table.append(cells(f"nothing changed, `{exercise.command}`", scores))
-        scores, told = run(exercise, exercise.command)
+        plain = exercise.command if exercise.file else everything[0].command  # a flag is a change
+        if plain not in usual:  # what it says without any change
+            usual[plain] = made(None, plain, f"plain-{len(usual)}")
+            if scores := usual[plain][1]:
+                table.append(cells(f"nothing changed, `{plain}`", scores))
+        result = _, scores, told = made(exercise, exercise.command, str(exercise.number))
         if scores:
             table.append(cells(str(exercise.number), scores))
         else:
-            pairs = zip(usual[exercise.command][1], told, strict=False)
+            pairs = zip(usual[plain][2], told, strict=False)
             texts += [f"\nexercise {exercise.number}:",
                       *(f"  before: {a}\n  after:  {b}" for a, b in pairs if a != b)]
+        if args.keep:
+            keep(args.keep, exercise, {"before": usual[plain], "after": result})
     head = ["| exercise | " + " | ".join(SCORES) + " |", "|---" * (len(SCORES) + 1) + "|"]
     print("\n".join(head + table + texts))
     return 0

@@ -16,7 +16,7 @@ video, red the reference, green the prompt, violet the face in the video.
     python -m study.figures                     all of them, two minutes on one core
     python -m study.figures rope guidance       these two
 
-Read next: docs/exercises.md
+Read next: study/page.py
 """
 
 import re

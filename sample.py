@@ -234,6 +234,7 @@ def run(args: argparse.Namespace, cases: list[argparse.Namespace], floor: float 
             latents[case.seed] = found
     steps, waiting = args.num_inference_steps, len(latents)
     if fresh := [case for case in cases if case.seed not in latents]:
+        # Gemma is the largest part; it is gone before the transformer is loaded
         with stage("text", seconds, args.device):
             contexts = encode_prompts(args, fresh)                        # (1, N, D) each
         with stage("reference", seconds, args.device):
@@ -253,7 +254,7 @@ def run(args: argparse.Namespace, cases: list[argparse.Namespace], floor: float 
             vae = VideoVAE.load(args.checkpoint_path, args.device, args.torch_dtype)
         for case in cases:
             bar.set_description(f"decode {case.output_path.name}")
-            latent, fidelity = latents.pop(case.seed)
+            latent, fidelity = latents.pop(case.seed)  # a hundred cases need not wait in memory
             # nothing is decoded yet: tiles are made as they are written
             frames = decode(vae, latent.to(args.device), args.torch_dtype)
             write(args, case, frames, fidelity, dict(seconds))

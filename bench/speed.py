@@ -142,7 +142,7 @@ def inputs(config: TransformerConfig, grid: tuple[int, int, int], reference: boo
     cells = [video_grid(*grid)] + [reference_grid(*grid)] * reference
     L, S = len(cells[0]), sum(map(len, cells))
     sigma = torch.tensor([0.7], device=device)
-    timesteps = torch.cat([sigma[:, None].expand(1, L), sigma.new_zeros(1, S - L)], dim=1)
+    timesteps = [(sigma, L)] + [(torch.zeros_like(sigma), S - L)] * reference
     latent = torch.randn(1, S, config.in_channels, device=device, dtype=dtype)
     context = torch.randn(1, TEXT, config.dim, device=device, dtype=dtype)
     positions = grid_to_positions(torch.cat(cells), 24)[None].to(device)
@@ -153,10 +153,11 @@ def inputs(config: TransformerConfig, grid: tuple[int, int, int], reference: boo
 def theirs_on(twin: nn.Module, batch: dict, heads: int) -> Tensor:
     """Diffusers' forward, video only: one audio token, no exchange between the two halves."""
     new = batch["latent"].new_zeros
+    timesteps = torch.cat([level[:, None].expand(1, n) for level, n in batch["timesteps"]], dim=1)
     return twin(
         hidden_states=batch["latent"], encoder_hidden_states=batch["context"],
         audio_hidden_states=new(1, 1, 4), audio_encoder_hidden_states=new(1, 1, 8 * heads),
-        timestep=batch["timesteps"] * 1000, audio_timestep=batch["sigma"].new_zeros(1, 1),
+        timestep=timesteps * 1000, audio_timestep=batch["sigma"].new_zeros(1, 1),
         sigma=batch["sigma"] * 1000, video_coords=batch["positions"], audio_num_frames=1,
         isolate_modalities=True, use_cross_timestep=True, return_dict=False)[0]
 

@@ -48,7 +48,8 @@ LORA_PREFIX = "diffusion_model."
 class LoRALinear(nn.Module):
     """A frozen linear plus a correction: base(x) + scale * B(A(x)). x (..., in) -> (..., out).
 
-    A (rank, in) and B (out, rank) are float32 whatever the base has.
+    A (rank, in) and B (out, rank) are float32 whatever the base has, and rounded to the type of x
+    when used.
     """
 
     def __init__(self, base: nn.Module, A: Tensor, B: Tensor, scale: float):
@@ -59,9 +60,9 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Parameter(B.to(base.weight.device, torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.base(x)                                    # (..., out)
-        low = F.linear(x.to(self.lora_A.dtype), self.lora_A)  # (..., rank)
-        return out + (F.linear(low, self.lora_B) * self.scale).to(out.dtype)
+        low = F.linear(x, self.lora_A.to(x.dtype))             # (..., rank)
+        B = (self.lora_B * self.scale).to(low.dtype)
+        return self.base(x) + F.linear(low, B)                # (..., out)
 
 
 def add_lora(model: nn.Module, rank: int = 32, alpha: float = 32,

@@ -92,8 +92,8 @@ ALIVE = {
     "Gemma": "P*N*b * ((Kg + 1)*Dg + 4*Ig + 6*Dg)",
     "projection": "P*N*b * 4*(Kg + 1)*Dg",
     "connector": "P*N*b * 12*D",
-    # Feed-forward: the block's input, x, modulated x, gate, 4 D either side of GELU; cos and sin.
-    "denoise": "13*n*D*b + 2*N*D*b",
+    # Feed-forward: the block's input, x, modulated x, 4 D either side of GELU; cos and sin.
+    "denoise": "12*n*D*b + 2*N*D*b",
 }
 
 

@@ -174,7 +174,7 @@ def test_one_frame_with_a_reach_of_the_whole_video_is_that_of_decode_bit_for_bit
     latent = torch.randn(2, vae.latent_channels, 4, 3, 2)
     video = vae.decode(latent)                                           # (2, 3, F, h, w)
     for frame in range(3 * vae.time_scale + 1):
-        assert torch.equal(vae.decode_frame(latent, frame, reach=4), video[:, :, frame]), frame
+        assert torch.equal(vae.decode_frame(latent, frame, reach=(4, 0)), video[:, :, frame]), frame
     for frame in (-1, 3 * vae.time_scale + 1):
         with pytest.raises(ValueError, match=f"between 0 and {3 * vae.time_scale}, got {frame}"):
             vae.decode_frame(latent, frame)
@@ -187,7 +187,7 @@ def test_gradients_of_one_frame_reach_the_latents_of_its_window_and_no_other(rea
     t = vae.time_scale
     for frame in (0, 1, 2 * t + 1, 6 * t):
         latent = torch.randn(1, vae.latent_channels, 7, 2, 2, requires_grad=True)
-        vae.decode_frame(latent, frame, reach).square().sum().backward()
+        vae.decode_frame(latent, frame, reach=(reach, 0)).square().sum().backward()
         cell = -(-frame // t)
         touched = [i for i in range(7) if latent.grad[:, :, i].abs().max() > 0]
         window = range(max(0, cell - max(1, reach)), min(7, cell + reach + 1))
@@ -207,7 +207,8 @@ def test_two_latent_frames_on_either_side_give_the_frame_of_the_whole_video_to_f
     decoded, frames, found = vae.decode(latent), [0, 1, 6, 15, 20, 29, 31, 32], {}
     assert {frame % vae.time_scale for frame in frames} == set(range(vae.time_scale))
     for reach in REACHES:
-        some = torch.stack([vae.decode_frame(latent, frame, reach) for frame in frames], dim=2)
+        some = [vae.decode_frame(latent, frame, reach=(reach, 0)) for frame in frames]
+        some = torch.stack(some, dim=2)
         found[reach] = psnr(some.flatten()[None], decoded[:, :, frames].flatten()[None]).item()
     print({reach: round(decibels, 1) for reach, decibels in found.items()})
     assert list(found.values()) == sorted(found.values()), found

@@ -21,7 +21,7 @@ tensor is a DTensor. `full_tensor` and `put` are called by all together, or they
     if world > 1 and can_shard(): shard(model, "cpu")
     count = all_reduce(torch.tensor([3.0]))
 
-Read next: training/run.py
+Read next: training/frozen.py
 """
 
 import os

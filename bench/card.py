@@ -1,0 +1,177 @@
+"""What a training step of the 22B model takes on this machine's card, by option, beside the plan.
+
+A file with the published names, types and shapes is laid out without its numbers (a sparse file of
+46 GB takes a megabyte of disk), and train.py's own loader reads it; instead of the file's zeros,
+for which a card is faster, each tensor is filled with random numbers where it is loaded. Then whole
+steps run as train.py runs them: reference encoded, forward, three losses, backward, clipping,
+AdamW, average. The clip is random, 512x768x121, its face a sixth of the picture's height.
+
+    python -m bench.card                  a card of 80 GB: five rows in a minute or two
+    python -m bench.card --layers 4       fewer blocks, for a smaller card; the plan follows
+    python -m bench.card --rows "" "--quantization fp8-cast"       other options of train.py
+
+Peak is what PyTorch's allocator had given out at the worst moment (torch.cuda.max_memory_allocated)
+of the second step or later, when AdamW's averages are there. Blocks that wait on a disk cannot be
+measured so: there is no file to read. tests/test_fake_cuda.py runs the same steps without a card.
+"""
+
+import argparse
+import gc
+import json
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import train
+from bench import official
+from clips.dataset import Batch
+from clips.face import FaceNet, template
+from common.cli import Parser
+from common.seeds import seeded
+from losses import pool_face_mask
+from ltx.checkpoint import TYPES, TensorFile, read_metadata
+from ltx.vae import VideoVAE
+from reference import predict_velocity
+from training.frozen import frozen_type, load_base
+from training.optim import EMA
+
+SIZE = (512, 768, 121)  # height, width, frames
+ROWS = ("", "--w-id 0", "--quantization fp8-cast", "--offload cpu",
+        "--offload cpu --quantization fp8-cast")
+RECOGNISER = (3, 13, 30, 3)  # blocks of an iresnet100
+
+
+def published_file(folder: Path, layers: int = 48) -> Path:
+    """The 22B checkpoint's video half with `layers` blocks; holes in place of its numbers."""
+    config = official.ltx_config()
+    config["transformer"] = config["transformer"] | {"num_layers": layers}
+    names = {name: shape for name, shape in official.video().items()
+             if layers > int((name.split("transformer_blocks.") + ["0."])[1].split(".")[0])}
+    rows = [(name, official.stored_type(name), shape) for name, shape in names.items()]
+    metadata = {"config": json.dumps(config), "model_version": "2.3.0"}
+    return official.write_sparse(folder / "ltx-2.3-22b-dev.safetensors", rows, metadata)
+
+
+@contextmanager
+def random_numbers() -> Iterator[None]:
+    """Inside, every tensor read from a file is random, made where it is wanted."""
+    def get_tensor(self: TensorFile, name: str) -> Tensor:
+        entry = self.table[name]
+        return torch.randn(entry.shape, dtype=TYPES[entry.type], device=self.device) * 0.02
+
+    before, TensorFile.get_tensor = TensorFile.get_tensor, get_tensor
+    try:
+        yield
+    finally:
+        TensorFile.get_tensor = before
+
+
+def random_clips(size: tuple[int, int, int], channels: int, context: tuple[int, int],
+                 scales: tuple[int, int], box: tuple[float, ...], count: int = 1) -> Batch:
+    """`count` clips with a face at rest: box in pixels, landmarks in it; context (tokens, width);
+    scales of the VAE in time and space."""
+    (h, w, frames), (time_scale, s), g = size, scales, seeded(0)
+    grid = (frames - 1) // time_scale + 1, h // s, w // s
+    boxes = torch.tensor(box, dtype=torch.float32).expand(count, frames, 4)
+    left, top, right, bottom = (int(edge) for edge in box)
+    face = torch.zeros(count, frames, h, w)
+    face[:, :, top:bottom, left:right] = 1
+    marks = template(right - left) + torch.tensor([left, top])             # (5, 2)
+    marks = marks.expand(count, frames, 5, 2)
+    return Batch(index=list(range(count)), grid=grid, frame_rate=24.0,
+                 x0=torch.randn(count, grid[0] * grid[1] * grid[2], channels, generator=g),
+                 context=torch.randn(count, *context, generator=g),
+                 face=pool_face_mask(face, time_scale, s), boxes=boxes, landmarks=marks,
+                 seen=torch.ones(count, frames, dtype=torch.bool),
+                 reference=torch.rand(count, 3, h, w, generator=g) * 2 - 1,
+                 reference_box=boxes[:, 0], reference_landmarks=marks[:, 0],
+                 reference_seen=torch.ones(count, dtype=torch.bool))
+
+
+def prepare(checkpoint: Path, flags: list[str], device: str, size: tuple[int, int, int] = SIZE,
+            face: tuple[float, ...] = (330, 60, 415, 145)) -> Callable[[], float]:
+    """train.py's model and one clip; the function returned takes a whole step, and says its loss.
+
+    The clip keeps its reference, at a noise level where identity is judged.
+    """
+    args = train.parse_arguments(["--checkpoint-path", str(checkpoint), "--no-full", "--batch", "1",
+                                  "--optimizer", "adamw", "--gradient-checkpointing", *flags])
+    train.check_memory_options(args)
+    config = read_metadata(checkpoint)["config"]
+    vae = VideoVAE.load(checkpoint, device, frozen_type(args))
+    with torch.device(device):
+        net = FaceNet(RECOGNISER).eval().requires_grad_(False) if args.w_id > 0 else None
+    model = load_base(args, device, sharded=False)
+    width, tokens = model.config.dim, config["transformer"].get("text_max_length", 1024)
+    clips = random_clips(size, vae.latent_channels, (tokens, width),
+                         (vae.time_scale, vae.space_scale), face)
+    draws = train.draw(args, clips, [seeded(0, 0, 0)])
+    draws.sigma[:], draws.keep_ref[:], draws.keep_text[:] = 0.4, True, True
+    draws.frame[:] = size[2] // 2 if args.w_id > 0 else -1
+    frozen = train.Frozen(vae, net, torch.zeros(tokens, width, device=device))
+    named = {k: p for k, p in model.named_parameters() if p.requires_grad}
+    optimizer, ema = train.make_optimizer(args, named), EMA(named)
+
+    def compute(batch: Batch, drawn: train.Draws) -> tuple[Tensor, Tensor, Tensor]:
+        return train.losses(args, model, predict_velocity, frozen, batch, drawn)
+
+    def step() -> float:
+        (fm, _, _), _ = train.descend(args, clips, draws, compute, 1)
+        nn.utils.clip_grad_norm_(optimizer.parameters(), train.CLIP)
+        optimizer.step(1.0)
+        model.zero_grad(set_to_none=True)
+        ema.update(named, 0)
+        return fm
+    return step
+
+
+def measure(step: Callable[[], float], device: str) -> tuple[float, float]:
+    """(seconds of a step, GB at the worst moment of it), after two that do not count."""
+    def wait() -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    step(), step()
+    wait()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    step(), step()
+    wait()
+    peak = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else float("nan")
+    return (time.perf_counter() - start) / 2, peak
+
+
+def main() -> int:
+    parser = Parser("bench.card", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=48)
+    parser.add_argument("--rows", nargs="+", default=ROWS, metavar="FLAGS", help="train.py's")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("expected a CUDA device, got none; run it where one is")
+    print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}, {args.layers} blocks, "
+          f"{SIZE[1]}x{SIZE[0]}x{SIZE[2]}, LoRA of rank 32, batch 1\n\n"
+          "| train.py | seconds per step | peak GB |\n|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder, random_numbers():
+        checkpoint = published_file(Path(folder), args.layers)
+        for flags in args.rows:
+            step = prepare(checkpoint, shlex.split(flags), "cuda")
+            seconds, peak = measure(step, "cuda")
+            print(f"| {flags or 'no flag'} | {seconds:.2f} | {peak:.1f} |", flush=True)
+            del step
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.accelerator.empty_host_cache()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

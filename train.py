@@ -338,7 +338,9 @@ def begin(args: argparse.Namespace, model: VideoTransformer, clips: str, world_s
     settings["clips_per_step"] = args.batch * args.accumulate * world_size
     settings["clips"] = clips
     optimizer = make_optimizer(args, named)
-    return Run(args.out, named, optimizer, EMA(named, EMA_DECAY), settings, KEEP)
+    # The average of a LoRA is half a gigabyte that a card need not hold.
+    ema = EMA(named, EMA_DECAY, None if args.full else "cpu")
+    return Run(args.out, named, optimizer, ema, settings, KEEP)
 
 
 def descend(args: argparse.Namespace, batch: Batch, draws: Draws, compute: Callable,

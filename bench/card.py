@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,14 +38,17 @@ from common.cli import Parser
 from common.seeds import seeded
 from losses import pool_face_mask
 from ltx.checkpoint import TYPES, TensorFile, read_metadata
+from ltx.text import DEFAULT_TEXT_LENGTH
 from ltx.vae import VideoVAE
+from model import VideoTransformer
 from reference import predict_velocity
-from training.frozen import frozen_type, load_base
+from training.frozen import check_memory_options, frozen_type, load_base
 from training.optim import EMA
 
 SIZE = (512, 768, 121)  # height, width, frames
 ROWS = ("", "--w-id 0", "--quantization fp8-cast", "--offload cpu",
         "--offload cpu --quantization fp8-cast")
+FACE = (330, 60, 415, 145)  # left, top, right, bottom: a sixth of the height
 RECOGNISER = (3, 13, 30, 3)  # blocks of an iresnet100
 
 
@@ -95,35 +99,49 @@ def random_clips(size: tuple[int, int, int], channels: int, context: tuple[int, 
                  reference_seen=torch.ones(count, dtype=torch.bool))
 
 
-def prepare(checkpoint: Path, flags: list[str], device: str, size: tuple[int, int, int] = SIZE,
-            face: tuple[float, ...] = (330, 60, 415, 145)) -> Callable[[], float]:
-    """train.py's model and one clip; the function returned takes a whole step, and says its loss.
+class Setting(NamedTuple):
+    """What train.losses is given, the clips last."""
 
-    The clip keeps its reference, at a noise level where identity is judged.
-    """
-    args = train.parse_arguments(["--checkpoint-path", str(checkpoint), "--no-full", "--batch", "1",
-                                  "--optimizer", "adamw", "--gradient-checkpointing", *flags])
-    train.check_memory_options(args)
-    config = read_metadata(checkpoint)["config"]
+    args: argparse.Namespace
+    model: VideoTransformer
+    frozen: train.Frozen
+    clips: Batch
+    draws: train.Draws
+
+    def losses(self) -> tuple[Tensor, Tensor, Tensor]:
+        return train.losses(self.args, self.model, predict_velocity, self.frozen, self.clips,
+                            self.draws)
+
+
+def prepare(checkpoint: Path, flags: list[str], device: str, size: tuple[int, int, int] = SIZE,
+            face: tuple[float, ...] = FACE, count: int = 1) -> Setting:
+    """train.py's model for a LoRA, and clips that keep their reference, at a noise level where
+    identity is judged."""
+    args = train.parse_arguments(["--checkpoint-path", str(checkpoint), "--no-full", "--batch",
+                                  f"{count}", "--gradient-checkpointing", *flags])
+    check_memory_options(args)
+    settings = read_metadata(checkpoint)["config"]["transformer"]
     vae = VideoVAE.load(checkpoint, device, frozen_type(args))
-    with torch.device(device):
-        net = FaceNet(RECOGNISER).eval().requires_grad_(False) if args.w_id > 0 else None
+    net = FaceNet(RECOGNISER).eval().requires_grad_(False).to(device) if args.w_id > 0 else None
     model = load_base(args, device, sharded=False)
-    width, tokens = model.config.dim, config["transformer"].get("text_max_length", 1024)
+    tokens, width = settings.get("text_max_length", DEFAULT_TEXT_LENGTH), model.config.dim
     clips = random_clips(size, vae.latent_channels, (tokens, width),
-                         (vae.time_scale, vae.space_scale), face)
-    draws = train.draw(args, clips, [seeded(0, 0, 0)])
+                         (vae.time_scale, vae.space_scale), face, count)
+    draws = train.draw(args, clips, [seeded(0, 0, k) for k in range(count)])
     draws.sigma[:], draws.keep_ref[:], draws.keep_text[:] = 0.4, True, True
     draws.frame[:] = size[2] // 2 if args.w_id > 0 else -1
     frozen = train.Frozen(vae, net, torch.zeros(tokens, width, device=device))
-    named = {k: p for k, p in model.named_parameters() if p.requires_grad}
-    optimizer, ema = train.make_optimizer(args, named), EMA(named)
+    return Setting(args, model, frozen, clips, draws)
 
-    def compute(batch: Batch, drawn: train.Draws) -> tuple[Tensor, Tensor, Tensor]:
-        return train.losses(args, model, predict_velocity, frozen, batch, drawn)
+
+def stepper(setting: Setting) -> Callable[[], float]:
+    """A function that takes one whole step of training and returns its loss."""
+    args, model, _, clips, draws = setting
+    named = {k: p for k, p in model.named_parameters() if p.requires_grad}
+    optimizer, ema = train.make_optimizer(args, named), EMA(named, device="cpu")
 
     def step() -> float:
-        (fm, _, _), _ = train.descend(args, clips, draws, compute, 1)
+        (fm, _, _), _ = train.descend(args, clips, draws, lambda *_: setting.losses(), 1)
         nn.utils.clip_grad_norm_(optimizer.parameters(), train.CLIP)
         optimizer.step(1.0)
         model.zero_grad(set_to_none=True)
@@ -163,13 +181,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder, random_numbers():
         checkpoint = published_file(Path(folder), args.layers)
         for flags in args.rows:
-            step = prepare(checkpoint, shlex.split(flags), "cuda")
+            step = stepper(prepare(checkpoint, shlex.split(flags), "cuda"))
             seconds, peak = measure(step, "cuda")
             print(f"| {flags or 'no flag'} | {seconds:.2f} | {peak:.1f} |", flush=True)
             del step
             gc.collect()
             torch.cuda.empty_cache()
-            torch.accelerator.empty_host_cache()
     return 0
 
 

@@ -32,7 +32,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,25 +51,10 @@ def to_float8(weight: Tensor) -> Tensor:
     return weight.clamp(-bound, bound).to(FLOAT8)
 
 
-class CastProduct(torch.autograd.Function):
-    """x (..., in) times a float8 weight (out, in), cast when used, in the backward pass once more:
-    autograd would keep what was cast until then, twice the bytes of the weight itself."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None
-                ) -> Tensor:
-        ctx.save_for_backward(weight, scale)
-        return F.linear(x, CastProduct.cast(weight, scale, x.dtype), bias)  # (..., out)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        weight, scale = ctx.saved_tensors
-        return gradient @ CastProduct.cast(weight, scale, gradient.dtype), None, None, None
-
-    @staticmethod
-    def cast(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-        weight = weight.to(dtype)
-        return weight if scale is None else weight.mul_(scale)
+def from_float8(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The weight in the type it is used in; scale (out, 1) or None. Others than float8 stay."""
+    weight = weight.to(dtype)
+    return weight if scale is None else weight.mul_(scale)
 
 
 class CastLinear(nn.Module):
@@ -96,7 +80,8 @@ class CastLinear(nn.Module):
         self.bias = None if linear.bias is None else linear.bias.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return CastProduct.apply(x, self.weight, self.scale, self.bias)  # (..., in) -> (..., out)
+        weight = from_float8(self.weight, self.scale, x.dtype)
+        return F.linear(x, weight, self.bias)                   # (..., in) -> (..., out)
 
 
 def cast_linears(module: nn.Module, by_row: bool = False) -> nn.Module:

@@ -1,7 +1,7 @@
 """A card that is not there: the "cuda" path on tensors without numbers, in a PyTorch for CPUs.
 
-PyTorch's FakeTensorMode computes shapes, types and devices and no numbers, so a model of 26 GB costs
-nothing. Here only what touches "cuda" is fake; what stands on the CPU is real, as it would be
+PyTorch's FakeTensorMode computes shapes, types and devices and no numbers, so a model of 26 GB
+costs nothing. Here only what touches "cuda" is fake; what stands on the CPU is real, as it would be
 beside a real card. So a tensor on the wrong device, of a wrong type or shape is an error, a number
 that is read back from the card is noticed, and the bytes alive on the card can be counted.
 

@@ -163,7 +163,7 @@ class FrozenBlocks:
         self.views = [views_into(places[i % 2], each) for i, each in enumerate(frozen)]
         self.held: list[int | None] = [None, None]  # which block is, or soon will be, in a place
         self.coming: dict[int, Future] = {}
-        self.last = 0
+        self.last = -1
         self.pool = ThreadPoolExecutor(1)  # a disk is waited for in a thread of its own
         self.side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         for i, block in enumerate(blocks):

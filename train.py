@@ -65,6 +65,7 @@ from model import TRANSFORMER_PREFIX, VideoTransformer, training_sigmas
 from reference import Reference, encode_reference, predict_velocity, unpatchify
 from rope import PLACEMENTS, Layout
 from toy.clips import open_data
+from training import plan
 from training.frozen import check_memory_options, frozen_type, load_base, mixed_precision
 from training.optim import EMA, KEEP_FROM_MUON, MuonAdamW, schedule, split_parameters
 from training.run import Run, check_finite
@@ -83,7 +84,6 @@ TINY = Path(__file__).resolve().parent / "weights" / "tiny"
 WARMUP = 100     # our reading: steps; Adam's first averages are noise
 CLIP = 1.0       # LTX-2.3: largest norm of the gradient
 EMA_DECAY = 0.998  # our reading: of the weights that are written; noise levels make steps noisy
-ID_REACH = (2, 3)  # our reading: latent frames and cells decoded around the judged face
 KEEP = 2         # states; two, so that a damaged one is no loss
 
 
@@ -139,6 +139,9 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--minutes", type=float, default=1e9, help="stop and save then; run again to go on")
     add("--save-seconds", type=float, default=120, help="time between saved states")
     add("--validate-every", type=int, default=500, help="steps: loss, contact sheet, curves.png")
+    add("--plan", action="store_true",
+        help="print what a LoRA takes on a card, by option, and how long; loads nothing")
+    add("--tflops", type=float, help="for --plan: what the card reaches (bf16)")
     add("--compile", action=switch, default=False, help="torch.compile: minutes, then faster")
     args = p.parse_args(words)
     # our reading: without a manifest, how the bundled weights were trained. The world is small, so
@@ -305,8 +308,8 @@ def identity_term(args: argparse.Namespace, frozen: Frozen, x0: Tensor, batch: B
     marks, ref_marks = (m.where(usable[:, None, None], torch.nan) for m in (marks, ref_marks))
     boxes = batch.boxes[judged, t]                                                # (b, 4)
     areas = area_of(boxes, marks, net.size).tolist()
-    frames = [vae.decode_frame(unpatchify(x0[i : i + 1], *batch.grid), at, area, ID_REACH,
-                               args.gradient_checkpointing)                       # (1, 3, h, w)
+    frames = [vae.decode_frame(unpatchify(x0[i : i + 1], *batch.grid), at, area,
+                               recompute=args.gradient_checkpointing)             # (1, 3, h, w)
               for i, at, area in zip(judged.tolist(), t.tolist(), areas, strict=True)]
     crops = faces_of(torch.cat(frames).float(), boxes, marks, net.size)
     with torch.no_grad():  # the target: who the reference shows
@@ -331,7 +334,7 @@ def begin(args: argparse.Namespace, model: VideoTransformer, clips: str, world_s
     named = {k: p for k, p in model.named_parameters() if p.requires_grad}
     free = ("steps", "minutes", "compile", "out", "save_seconds", "batch", "accumulate", "parallel",
             "cache", "validate_every", "gradient_checkpointing", "validation", "manifest",
-            "offload")
+            "offload", "plan", "tflops")
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()
                 if k not in free}
     # However the clips of a step are shared out, it is the same step.
@@ -457,7 +460,8 @@ def train(args: argparse.Namespace) -> None:
 
 
 def main(words: list[str] | None = None) -> int:
-    return command("train.py", lambda: train(parse_arguments(words)))
+    args = parse_arguments(words)
+    return command("train.py", lambda: plan.show(args) if args.plan else train(args))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ AdamW, average. The clip is random, 512x768x121, its face a sixth of the picture
 
     python -m bench.card                  a card of 80 GB: five rows in a minute or two
     python -m bench.card --layers 4       fewer blocks, for a smaller card; the plan follows
+    python -m bench.card --checkpoint-path weights/tiny/base.safetensors       also on a CPU
     python -m bench.card --rows "" "--quantization fp8-cast"       other options of train.py
 
 Peak is what PyTorch's allocator had given out at the worst moment (torch.cuda.max_memory_allocated)
@@ -18,12 +19,13 @@ measured so: there is no file to read. tests/test_fake_cuda.py runs the same ste
 import argparse
 import gc
 import json
+import re
 import shlex
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,16 +36,20 @@ import train
 from bench import official
 from clips.dataset import Batch
 from clips.face import FaceNet, template
+from clips.frames import Bucket
 from common.cli import Parser
 from common.seeds import seeded
 from losses import pool_face_mask
 from ltx.checkpoint import TYPES, TensorFile, read_metadata
+from ltx.load import INFERENCE
+from ltx.plan import RESERVE
 from ltx.text import DEFAULT_TEXT_LENGTH
 from ltx.vae import VideoVAE
 from model import VideoTransformer
 from reference import predict_velocity
 from training.frozen import check_memory_options, frozen_type, load_base
 from training.optim import EMA
+from training.plan import training_plan
 
 SIZE = (512, 768, 121)  # height, width, frames
 ROWS = ("", "--w-id 0", "--quantization fp8-cast", "--offload cpu",
@@ -57,9 +63,11 @@ def published_file(folder: Path, layers: int = 48) -> Path:
     config = official.ltx_config()
     config["transformer"] = config["transformer"] | {"num_layers": layers}
     names = {name: shape for name, shape in official.video().items()
-             if layers > int((name.split("transformer_blocks.") + ["0."])[1].split(".")[0])}
+             if (at := re.search(r"transformer_blocks\.(\d+)", name)) is None
+             or int(at[1]) < layers}
     rows = [(name, official.stored_type(name), shape) for name, shape in names.items()]
     metadata = {"config": json.dumps(config), "model_version": "2.3.0"}
+    folder.mkdir(exist_ok=True)
     return official.write_sparse(folder / "ltx-2.3-22b-dev.safetensors", rows, metadata)
 
 
@@ -138,7 +146,8 @@ def stepper(setting: Setting) -> Callable[[], float]:
     """A function that takes one whole step of training and returns its loss."""
     args, model, _, clips, draws = setting
     named = {k: p for k, p in model.named_parameters() if p.requires_grad}
-    optimizer, ema = train.make_optimizer(args, named), EMA(named, device="cpu")
+    ema = EMA(named, train.EMA_DECAY, None if args.full else "cpu")
+    optimizer = train.make_optimizer(args, named)
 
     def step() -> float:
         (fm, _, _), _ = train.descend(args, clips, draws, lambda *_: setting.losses(), 1)
@@ -150,7 +159,7 @@ def stepper(setting: Setting) -> Callable[[], float]:
     return step
 
 
-def measure(step: Callable[[], float], device: str) -> tuple[float, float]:
+def measure(step: Callable[[], float], device: str, steps: int) -> tuple[float, float]:
     """(seconds of a step, GB at the worst moment of it), after two that do not count."""
     def wait() -> None:
         if device == "cuda":
@@ -161,32 +170,53 @@ def measure(step: Callable[[], float], device: str) -> tuple[float, float]:
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
-    step(), step()
+    for _ in range(steps):
+        step()
     wait()
     peak = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else float("nan")
-    return (time.perf_counter() - start) / 2, peak
+    return (time.perf_counter() - start) / steps, peak
+
+
+def planned(checkpoint: Path, flags: str, size: tuple[int, int, int]) -> str:
+    """What training/plan.py says, without its allowance."""
+    args = train.parse_arguments(["--checkpoint-path", str(checkpoint), *shlex.split(flags)])
+    option = " ".join(word for word in shlex.split(flags) if word not in ("--w-id", "0"))
+    needs = training_plan(read_metadata(checkpoint)["config"], Bucket(*size), args).needs
+    found = needs.get(option or "no flag")
+    return f"{(sum(found.values()) - RESERVE) / 1e9:.1f}" if found else "-"
 
 
 def main() -> int:
     parser = Parser("bench.card", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=48)
+    parser.add_argument("--checkpoint-path", type=Path, help="a real file instead, at its own size")
     parser.add_argument("--rows", nargs="+", default=ROWS, metavar="FLAGS", help="train.py's")
     args = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("expected a CUDA device, got none; run it where one is")
-    print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}, {args.layers} blocks, "
-          f"{SIZE[1]}x{SIZE[0]}x{SIZE[2]}, LoRA of rank 32, batch 1\n\n"
-          "| train.py | seconds per step | peak GB |\n|---|---|---|")
-    with tempfile.TemporaryDirectory() as folder, random_numbers():
-        checkpoint = published_file(Path(folder), args.layers)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and not args.checkpoint_path:
+        parser.error("expected a CUDA device, got none; run it where one is, or give a small file "
+                     "with --checkpoint-path")
+    size, steps, numbers = SIZE, 2, random_numbers()
+    if args.checkpoint_path:
+        usual = {**INFERENCE, **read_metadata(args.checkpoint_path)["config"].get("inference", {})}
+        size, steps, numbers = tuple(usual[k] for k in ("height", "width", "num_frames")), 20, None
+    face = tuple(side * size[0] / SIZE[0] for side in FACE)
+    print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if numbers else device}, "
+          f"{args.checkpoint_path or f'{args.layers} blocks'}, {size[1]}x{size[0]}x{size[2]}, LoRA "
+          "of rank 32, batch 1\n\n| train.py | seconds per step | peak GB | planned GB |\n"
+          "|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder, numbers or nullcontext():
+        checkpoint = args.checkpoint_path or published_file(Path(folder), args.layers)
         for flags in args.rows:
-            step = stepper(prepare(checkpoint, shlex.split(flags), "cuda"))
-            seconds, peak = measure(step, "cuda")
-            print(f"| {flags or 'no flag'} | {seconds:.2f} | {peak:.1f} |", flush=True)
+            step = stepper(prepare(checkpoint, shlex.split(flags), device, size, face))
+            seconds, peak = measure(step, device, steps)
+            print(f"| {flags or 'no flag'} | {seconds:.3g} | {peak:.1f} | "
+                  f"{planned(checkpoint, flags, size)} |", flush=True)
             del step
             gc.collect()
-            torch.cuda.empty_cache()
+            if device == "cuda":
+                torch.cuda.empty_cache()
     return 0
 
 

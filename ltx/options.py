@@ -96,6 +96,7 @@ def build_parser() -> Parser:
         help="(default: float32 on CPU, else bfloat16)")
     add("--dry-run", action="store_true", help="check everything, print the settings, stop")
     add("--plan", action="store_true", help="print what fits on which card, and why; loads nothing")
+    add("--tflops", type=float, help="for --plan: what the card reaches (default: measured there)")
     return parser
 
 

@@ -11,7 +11,7 @@ that is read back from the card is noticed, and the bytes alive on the card can 
 
 What a card does and this cannot: kernels, so numbers and times; streams and events, which are
 accepted and do nothing; the allocator's rounding and fragments; workspaces of libraries. Kernels
-that a PyTorch for CPUs takes apart are put together again (`rms_norm`, `attention`).
+that a PyTorch for CPUs takes apart are put together again (`rms_norm`, `silu`, `attention`).
 """
 
 import collections
@@ -128,7 +128,7 @@ def install(*pools: types.ModuleType) -> None:
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
     torch.accelerator.empty_host_cache = lambda: None
     Tensor.pin_memory, nn.Module._apply = lambda self: self, apply
-    F.rms_norm, F.scaled_dot_product_attention = rms_norm, attention
+    F.rms_norm, F.silu, F.scaled_dot_product_attention = rms_norm, silu, attention
     for module in pools:
         module.ThreadPoolExecutor = Inline
 
@@ -139,6 +139,11 @@ def install(*pools: types.ModuleType) -> None:
 library = torch.library.Library("card", "DEF")
 library.define("rms_norm(Tensor x, Tensor? weight) -> (Tensor, Tensor)")
 library.define("rms_norm_backward(Tensor g, Tensor x, Tensor r, Tensor? weight) -> Tensor")
+library.define("silu(Tensor x) -> Tensor")
+library.define("silu_backward(Tensor g, Tensor x) -> Tensor")
+PLAIN = {"rms_norm": F.rms_norm, "silu": F.silu, "attention": F.scaled_dot_product_attention}
+for name in ("rms_norm_backward", "silu", "silu_backward"):
+    torch.library.register_fake(f"card::{name}", lambda x, *_: torch.empty_like(x), lib=library)
 
 
 @torch.library.register_fake("card::rms_norm", lib=library)
@@ -146,30 +151,33 @@ def _(x, weight):
     return torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
 
-@torch.library.register_fake("card::rms_norm_backward", lib=library)
-def _(g, x, r, weight):
-    return torch.empty_like(x)
-
-
 def keep(ctx, inputs, output) -> None:
-    ctx.save_for_backward(inputs[0], output[1], inputs[1])
+    ctx.save_for_backward(*inputs, *(output[1:] if isinstance(output, tuple) else ()))
 
 
 def rms_norm_backward(ctx, g, _) -> tuple:
-    x, r, weight = ctx.saved_tensors
+    x, weight, r = ctx.saved_tensors
     learns = weight is not None and ctx.needs_input_grad[1]
     gradient = torch.ops.card.rms_norm_backward(g, x, r, weight)
     return gradient, torch.empty_like(weight) if learns else None
 
 
+def silu_backward(ctx, g) -> Tensor:
+    return torch.ops.card.silu_backward(g, *ctx.saved_tensors)
+
+
 torch.library.register_autograd("card::rms_norm", rms_norm_backward, setup_context=keep,
                                 lib=library)
-PLAIN = F.rms_norm, F.scaled_dot_product_attention
+torch.library.register_autograd("card::silu", silu_backward, setup_context=keep, lib=library)
+
+
+def silu(x: Tensor) -> Tensor:
+    return torch.ops.card.silu(x) if x.device.type == "cuda" else PLAIN["silu"](x)
 
 
 def rms_norm(x, shape, weight=None, eps=None) -> Tensor:
     if x.device.type != "cuda":
-        return PLAIN[0](x, shape, weight, eps)
+        return PLAIN["rms_norm"](x, shape, weight, eps)
     if torch.is_autocast_enabled("cuda"):  # as autocast's list says
         x, weight = x.float(), None if weight is None else weight.float()
     assert weight is None or weight.dtype == x.dtype, "two types: the fused kernel is left"
@@ -179,7 +187,7 @@ def rms_norm(x, shape, weight=None, eps=None) -> Tensor:
 def attention(q, k, v, attn_mask=None, **options) -> Tensor:
     """Flash without a mask, the memory-efficient kernel with one; cuDNN's takes the same memory."""
     if q.device.type != "cuda":
-        return PLAIN[1](q, k, v, attn_mask, **options)
+        return PLAIN["attention"](q, k, v, attn_mask, **options)
     if torch.is_autocast_enabled("cuda"):
         q, k, v = (t.to(torch.bfloat16) for t in (q, k, v))
         attn_mask = None if attn_mask is None else attn_mask.to(torch.bfloat16)
@@ -248,6 +256,10 @@ class Card(TorchDispatchMode):
         if function is aten._to_copy.default and device == "cpu":
             self.reads[place()] += 1
             return torch.empty(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+        if function is aten._to_copy.default and not fakes:  # quicker than a fake of the original
+            function, kwargs = torch.empty, {"dtype": kwargs.get("dtype") or args[0].dtype,
+                                             "device": "cuda"}
+            args = (args[0].shape,)
         if function in INDEXING:  # a mask that stands on the CPU is counted there
             places = [i.nonzero()[:, 0] if type(i) is Tensor and i.dtype == torch.bool else i
                       for i in args[1]]

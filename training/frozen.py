@@ -23,7 +23,7 @@ checkpointing: without it the backward pass would want every block's weights at 
 
     model = load_base(args, "cuda", sharded=False)           # args: train.py's
 
-Read next: training/run.py
+Read next: training/plan.py
 """
 
 import argparse
@@ -43,6 +43,7 @@ from ltx.offload import cast_linears, load_by_block
 from model import TRANSFORMER_PREFIX, VideoTransformer
 from training.workers import shard
 
+ENDS = 2     # LTX-2.3: blocks at either end that are never rounded to one byte
 ALIGN = 256  # bytes; where a tensor may begin
 
 # ------------------------------------------------------------ loading
@@ -83,7 +84,7 @@ def load_base(args: argparse.Namespace, device: str, sharded: bool) -> VideoTran
     empty = copy.deepcopy(model.transformer_blocks)
 
     def rounded(i: int, block: nn.Module) -> nn.Module:
-        inner = 2 <= i < len(empty) - 2
+        inner = ENDS <= i < len(empty) - ENDS
         return cast_linears(block, by_row=True) if inner and args.quantization != "none" else block
 
     def finish(i: int, block: nn.Module) -> None:

@@ -30,8 +30,9 @@ Read next: sample.py
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -207,6 +208,7 @@ class FeedForward(nn.Module):
 
 
 SINUSOID = 256  # LTX-2.3: width of the noise level's sinusoid in every size of the model
+Runs = Sequence[tuple[Tensor, int]]  # a noise level (B,), and how many tokens in a row have it
 
 
 class AdaLN(nn.Module):
@@ -233,26 +235,42 @@ class AdaLN(nn.Module):
 
 
 class Levels(NamedTuple):
-    """The modulation rows that AdaLN made of the noise levels, and which token has which level.
+    """The modulation rows that AdaLN made of the noise levels, and which tokens have which level.
 
-    rows (B, S, r, D): one set a token, `index` None. rows (U, r, D): one set for each of U distinct
-    levels, and index (B, S) says which a token has; or None where U is 1.
+    rows (B, U, r, D): of each level. runs: how many tokens in a row have each of the U levels; None
+    where U is 1 (all tokens alike) or their number (each its own).
     """
 
     rows: Tensor
-    index: Tensor | None
+    runs: list[int] | None
 
     def of(self, table: Tensor, first: int, count: int) -> list[Tensor]:
-        """`count` rows from `first` on, the block's own table (r, D) added: (B, S, D) or (1, D)."""
+        """`count` rows from `first` on, the block's own table (r, D) added: (B, U, D) each."""
         last = first + count
-        chosen = table[first:last] + self.rows[..., first:last, :]
-        rows = chosen.unbind(-2)
-        return [row if self.index is None else F.embedding(self.index, row) for row in rows]
+        return (table[first:last] + self.rows[..., first:last, :]).unbind(-2)
+
+    def apply(self, function: Callable[..., Tensor], tokens: list[Tensor], rows: list[Tensor]
+              ) -> Tensor:
+        """function(*tokens, *rows): tokens (B, S, D) each, rows (B, U, D) each -> (B, S, D).
+
+        A run of tokens at a time, with the rows of its level: written out for every token, a row
+        would be 50 megabytes at full size.
+        """
+        if self.runs is None:
+            return function(*tokens, *rows)
+        pieces = zip(*(t.split(self.runs, dim=1) for t in tokens),
+                     *(row.split(1, dim=1) for row in rows), strict=True)
+        return torch.cat([function(*piece) for piece in pieces], dim=1)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """rms(x) * (1 + scale) + shift; x (B, N, D), the others that shape or (1, D)."""
+    """rms(x) * (1 + scale) + shift; x (B, N, D), the others that shape or (B, 1, D)."""
     return torch.addcmul(shift, F.rms_norm(x, x.shape[-1:], eps=eps), 1 + scale)
+
+
+def add_gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """x + gate * y, in one pass; x, y (B, N, D), gate that shape or (B, 1, D)."""
+    return torch.addcmul(x, gate, y)
 
 
 # The smallest bf16 number: also a float32 number, and finite when autocast rounds the bias.
@@ -294,25 +312,22 @@ class Block(nn.Module):
         context_bias: Tensor | None,    # (B, 1, 1, N)
         skip: bool,                     # STG: perturb the self-attention
     ) -> Tensor:
-        # torch.addcmul(x, gate, y) is x + gate * y in one pass. Three rows at a time, and none
-        # longer than it is needed: at full size a row for every token is 50 megabytes.
-        shift, scale, gate = levels.of(self.scale_shift_table, 0, 3)  # (B, S, D), or (1, D) each
-        h = modulate(x, shift, scale, self.eps)                           # (B, S, D)
-        del shift, scale
+        norm = partial(modulate, eps=self.eps)
+        shift, scale, gate = levels.of(self.scale_shift_table, 0, 3)      # (B, U, D) each
+        h = levels.apply(norm, [x], [shift, scale])                       # (B, S, D)
         h = self.attn1(h, rotary=rotary, bias=bias, skip=skip)            # (B, S, D)
-        x = torch.addcmul(x, gate, h)
+        x = levels.apply(add_gated, [x, h], [gate])
 
         shift, scale, gate = levels.of(self.scale_shift_table, 6, 3)      # 6, not 3: see the header
-        h = modulate(x, shift, scale, self.eps)                           # (B, S, D)
-        del shift, scale
+        h = levels.apply(norm, [x], [shift, scale])                       # (B, S, D)
         shift, scale = prompt_levels.of(self.prompt_scale_shift_table, 0, 2)      # (B, 1, D) each
         prompt = torch.addcmul(shift, context, 1 + scale)                 # (B, N, D) without a norm
-        x = torch.addcmul(x, gate, self.attn2(h, prompt, bias=context_bias))
+        h = self.attn2(h, prompt, bias=context_bias)                      # (B, S, D)
+        x = levels.apply(add_gated, [x, h], [gate])
 
         shift, scale, gate = levels.of(self.scale_shift_table, 3, 3)
-        h = modulate(x, shift, scale, self.eps)                           # (B, S, D)
-        del shift, scale
-        return torch.addcmul(x, gate, self.ff(h))                         # (B, S, D)
+        h = levels.apply(norm, [x], [shift, scale])                       # (B, S, D)
+        return levels.apply(add_gated, [x, self.ff(h)], [gate])           # (B, S, D)
 
 
 # ---------------------------------------------------------------- the transformer
@@ -341,7 +356,7 @@ class VideoTransformer(nn.Module):
     def forward(
         self,
         latent: Tensor,
-        timesteps: Tensor,
+        timesteps: Tensor | Runs,
         sigma: Tensor,
         positions: Tensor,
         context: Tensor,
@@ -351,13 +366,14 @@ class VideoTransformer(nn.Module):
     ) -> Tensor:
         """Velocity (B, S, C) of every token, in the dtype of the weights (or of autocast).
 
-        latent (B, S, C): noisy video tokens and clean reference tokens. timesteps (B, S): noise
-        level of each token, 0..1, 0 for clean ones. sigma (B,): noise level of the sample, which
-        modulates the prompt even when every token is clean. positions (B, A, S, 2): bounds in
-        seconds and pixels, A = 3 (rope.Layout). context (B, N, D) from ltx/text.py. context_mask
-        (B, N): 1 = a token to read. attention_mask (B, S, S), row = query, or (B, 1, S) to hide
-        keys from everyone at little cost; values in [0, 1]. skip_blocks: LTX-2.3: blocks with
-        perturbed self-attention (STG). Raises ValueError on sizes that disagree.
+        latent (B, S, C): noisy video tokens and clean reference tokens. timesteps: noise levels in
+        0..1, 0 for clean tokens; (B, S), or as runs of tokens that share one. sigma (B,): noise
+        level of the sample, which modulates the prompt even when every token is clean. positions
+        (B, A, S, 2): bounds in seconds and pixels, A = 3 (rope.Layout). context (B, N, D) from
+        ltx/text.py. context_mask (B, N): 1 = a token to read. attention_mask (B, S, S), row =
+        query, or (B, 1, S) to hide keys from everyone at little cost; values in [0, 1].
+        skip_blocks: LTX-2.3: blocks with perturbed self-attention (STG). Raises ValueError on sizes
+        that disagree.
         """
         self._check(latent, timesteps, sigma, positions, context)
         config, dtype = self.config, self.scale_shift_table.dtype
@@ -367,19 +383,18 @@ class VideoTransformer(nn.Module):
         bias = None if attention_mask is None else mask_bias(attention_mask)
         context_bias = None if context_mask is None else mask_bias(context_mask[:, None])
 
-        # In sampling a few thousand tokens share two or three noise levels, so the nine rows are
-        # made once per level. Finding the levels depends on the data, which neither training nor
-        # a compiled graph wants.
-        noise_levels, index = timesteps.to(torch.float32), None
-        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            noise_levels, index = torch.unique(noise_levels, return_inverse=True)  # (U,), (B, S)
-            index = index if len(noise_levels) > 1 else None  # one for all: rows (1, D) fit as is
-        rows, embedding = self.adaln_single(noise_levels * config.timestep_scale, dtype)
+        # A few thousand tokens share two noise levels: nine rows for each level, not each token.
+        runs = None
+        if not isinstance(timesteps, Tensor):
+            runs = [count for _, count in timesteps] if len(timesteps) > 1 else None
+            timesteps = torch.stack([level for level, _ in timesteps], dim=1)     # (B, U)
+        levels = timesteps.to(torch.float32) * config.timestep_scale      # (B, U), or (B, S)
+        rows, embedding = self.adaln_single(levels, dtype)        # (B, U, 9, D), (B, U, D)
         prompt_level = sigma.to(torch.float32)[:, None] * config.timestep_scale   # (B, 1)
         prompt_rows, _ = self.prompt_adaln_single(prompt_level, dtype)            # (B, 1, 2, D)
 
         x = self.patchify_proj(latent.to(dtype))                          # (B, S, D)
-        inputs = context.to(dtype), Levels(rows, index), Levels(prompt_rows, None), rotary
+        inputs = context.to(dtype), Levels(rows, runs), Levels(prompt_rows, None), rotary
         for i, block in enumerate(self.transformer_blocks):
             rest = *inputs, bias, context_bias, i in skip_blocks
             if self.gradient_checkpointing:
@@ -388,13 +403,19 @@ class VideoTransformer(nn.Module):
                 x = block(x, *rest)                                       # (B, S, D)
 
         # The last modulation reuses the embedding itself, before silu and linear.
-        shift, scale = Levels(embedding[..., None, :], index).of(self.scale_shift_table, 0, 2)
+        levels = Levels(embedding[..., None, :], runs)
+        shift, scale = levels.of(self.scale_shift_table, 0, 2)            # (B, U, D) each
         x = F.layer_norm(x, x.shape[-1:], eps=config.norm_eps)  # subtracts the mean, too
-        return self.proj_out(torch.addcmul(shift, x, 1 + scale).to(dtype))        # (B, S, C)
+        x = levels.apply(lambda x, shift, scale: torch.addcmul(shift, x, 1 + scale), [x],
+                         [shift, scale])
+        return self.proj_out(x.to(dtype))                                 # (B, S, C)
 
     def _check(self, latent, timesteps, sigma, positions, context):
         B, S = latent.shape[:2]
         axes = positions.shape[1] if positions.shape[1:2] == (4,) else 3
+        if not isinstance(timesteps, Tensor):  # as if each token had its own
+            (level, _), tokens = timesteps[0], sum(count for _, count in timesteps)
+            timesteps = level[..., None].expand(*level.shape, tokens)
         expected = {
             "latent": (latent, (B, S, self.config.in_channels)),
             "timesteps": (timesteps, (B, S)),

@@ -49,6 +49,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 WHITE = 1.0  # in the VAE's range [-1, 1]
+Runs = list[tuple[Tensor, int]]  # a noise level (B,), and how many tokens in a row have it
 
 
 class Reference(NamedTuple):
@@ -127,31 +128,34 @@ def encode_reference(encode: Callable[[Tensor], Tensor], canvas: Tensor) -> Tens
 
 
 def append_reference(
-    tokens: Tensor, timesteps: Tensor, positions: Tensor, reference: Reference
-) -> tuple[Tensor, Tensor, Tensor]:
+    tokens: Tensor, timesteps: Runs, positions: Tensor, reference: Reference
+) -> tuple[Tensor, Runs, Tensor]:
     """Put the clean reference tokens behind the noisy video tokens.
 
     paper: concatenated with the noisy video tokens; noise on the video only. our reading: behind,
     at timestep 0 (the official in-context recipe does the same), so that the model knows them for
-    facts and not for something to denoise. tokens (B, L, C); timesteps (B, L) in [0, 1]; positions
-    (B, A, L, 2). Returns tokens (B, S, C), timesteps (B, S), positions (B, A, S, 2), S = L + R.
-    Raises ValueError when batch, channels or counts disagree.
+    facts and not for something to denoise. tokens (B, L, C); timesteps [(level (B,), L)], since all
+    video tokens have one level in [0, 1]; positions (B, A, L, 2). Returns tokens (B, S, C),
+    timesteps [(level, L), (zeros (B,), R)], positions (B, A, S, 2), S = L + R. Raises ValueError
+    when batch, channels or counts disagree.
     """
     B, L, C = tokens.shape
     R, A = reference.tokens.shape[1], positions.shape[1]
     if reference.tokens.shape != (B, R, C):
         raise ValueError(f"expected reference tokens ({B}, R, {C}), got "
                          f"{tuple(reference.tokens.shape)}; one per sample")
-    if timesteps.shape != (B, L) or positions.shape != (B, A, L, 2):
-        raise ValueError(f"expected timesteps ({B}, {L}) and positions ({B}, {A}, {L}, 2), got "
-                         f"{tuple(timesteps.shape)} and {tuple(positions.shape)}; one per token")
+    level, counted = timesteps[0][0], sum(count for _, count in timesteps)
+    if level.shape != (B,) or counted != L or positions.shape != (B, A, L, 2):
+        raise ValueError(f"expected timesteps ({B},) for {L} tokens and positions ({B}, {A}, {L}, "
+                         f"2), got {tuple(level.shape)} for {counted} and {tuple(positions.shape)};"
+                         " count the video's tokens")
     if reference.positions.shape not in ((A, R, 2), (B, A, R, 2)):
         raise ValueError(f"expected reference positions ({A}, {R}, 2), got "
                          f"{tuple(reference.positions.shape)}; use the canvas's own latent grid")
     beside = reference.positions.to(positions).expand(B, A, R, 2)
     return (
         torch.cat([tokens, reference.tokens.to(tokens)], dim=1),          # (B, S, C)
-        torch.cat([timesteps, timesteps.new_zeros(B, R)], dim=1),         # (B, S), 0 = clean
+        [*timesteps, (torch.zeros_like(level), R)],                       # 0 = clean
         torch.cat([positions, beside], dim=2),                            # (B, A, S, 2)
     )
 
@@ -185,7 +189,7 @@ def predict_velocity(
     absent. our reading: `options` go to the model as they are. Returns (B, L, C).
     """
     B, L, _ = tokens.shape
-    timesteps = sigma[:, None].expand(B, L)                               # (B, L)
+    timesteps = [(sigma, L)]                                              # one level for all
     positions = positions.expand(B, -1, L, 2)                             # (B, A, L, 2)
     if reference is not None:
         tokens, timesteps, positions = append_reference(tokens, timesteps, positions, reference)
@@ -220,14 +224,15 @@ def _demo() -> None:
     cells = torch.cartesian_prod(torch.arange(4), torch.arange(3), torch.arange(4)).T
     video = torch.stack([cells, cells + 1], dim=-1)                       # (3, 48, 2)
     beside = Reference(tokens, video[:, :12] + torch.tensor([4, 3, 4])[:, None, None])
-    noisy, levels = torch.zeros(1, 48, 3), torch.full((1, 48), 0.7)
+    noisy, levels = torch.zeros(1, 48, 3), [(torch.tensor([0.7]), 48)]
     _, timesteps, positions = append_reference(noisy, levels, video[None], beside)
+    levels = torch.cat([level.repeat(count) for level, count in timesteps])  # (S,)
     print("The sequence: 4 frames of 3 x 4 cells, then the reference")
     print("  offset   what            timestep   (time, row, column) of the first and last token")
     for i in range(0, 60, 12):
         what = f"video frame {i // 12}" if i < 48 else "reference"
         first, last = (tuple(positions[0, :, j, 0].tolist()) for j in (i, i + 11))
-        print(f"  {i:2d}..{i + 11}   {what:15s} {timesteps[0, i]:5.1f}      {first} .. {last}")
+        print(f"  {i:2d}..{i + 11}   {what:15s} {levels[i]:5.1f}      {first} .. {last}")
     print("Notice: the reference sits at offset L = 48 with timestep 0, where the indices go on.")
 
 

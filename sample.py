@@ -327,7 +327,7 @@ def resolve(args: argparse.Namespace) -> tuple[list[argparse.Namespace], float |
 def settings(args: argparse.Namespace) -> dict:
     """The resolved arguments and the weight of every stream that is run, as JSON can hold them."""
     values = vars(args) | {"layout": asdict(args.layout), "guidance": asdict(args.guidance)}
-    del values["plan"], values["torch_dtype"]
+    del values["plan"], values["tflops"], values["torch_dtype"]
     weights = {STREAM_NAMES[s]: weight for s, weight in stream_weights(args.guidance).items()}
     values = {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
     return values | {"streams": weights}

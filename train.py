@@ -40,12 +40,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from augment import AugmentStrength, augment_reference
 from clips.cache import identity
 from clips.dataset import Batch, Order, PerClip, add_data_arguments, check_batch, shard_indices
-from clips.face import FaceNet, faces_of, load_facenet, usable_landmarks
+from clips.face import FaceNet, area_of, faces_of, load_facenet, usable_landmarks
 from common.cli import (
     DEVICES,
     DefaultsFormatter,
@@ -67,14 +66,16 @@ from losses import (
 )
 from ltx.checkpoint import check_weights, read_metadata, save_changed
 from ltx.load import empty_transformer
-from ltx.lora import add_lora, save_lora
-from ltx.offload import load_by_block
+from ltx.lora import save_lora
+from ltx.offload import OFFLOADS
 from ltx.text import check_text
 from ltx.vae import VideoVAE
 from model import TRANSFORMER_PREFIX, VideoTransformer, training_sigmas
 from reference import Reference, encode_reference, predict_velocity, unpatchify
 from rope import PLACEMENTS, Layout
 from toy.clips import open_data
+from training import plan
+from training.frozen import check_memory_options, frozen_type, load_base, mixed_precision
 from training.optim import EMA, KEEP_FROM_MUON, MuonAdamW, schedule, split_parameters
 from training.run import Run, begun_with, check_finite
 from training.validate import draw_curves, sample_clips, validate
@@ -86,7 +87,6 @@ from training.workers import (
     full_tensor,
     gather,
     settle_thread,
-    shard,
     start_workers,
 )
 
@@ -94,7 +94,6 @@ TINY = Path(__file__).resolve().parent / "weights" / "tiny"
 WARMUP = 100     # our reading: steps; Adam's first averages are noise
 CLIP = 1.0       # LTX-2.3: largest norm of the gradient
 EMA_DECAY = 0.998  # our reading: of the weights that are written; noise levels make steps noisy
-ID_REACH = 2     # our reading: latent frames decoded on either side of the judged one (ltx/vae.py)
 KEEP = 2         # states; two, so that a damaged one is no loss
 
 
@@ -128,6 +127,11 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
         help="LTX-2.3: bf16 mixed; on a CPU by default what is faster there")
     add("--gradient-checkpointing", action=switch,
         help="recompute blocks: slower, far less memory; on, as in LTX-2.3, except on the world")
+    # our reading: for cards that the base does not fit
+    add("--quantization", choices=["none", "fp8-cast"], default="none",
+        help="the frozen base in one byte a number, with a scale for each row")
+    add("--offload", choices=OFFLOADS, default="none",
+        help="where the frozen blocks wait for their turn; slower, same result")
     # our reading: InstructPix2Pix drops 5 % each; text_first guidance needs v_0 and v_T most
     add("--drop-ref", type=float, default=0.10, help="share of samples without reference")
     add("--drop-both", type=float, default=0.05, help="share without reference and without text")
@@ -147,6 +151,9 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--minutes", type=float, default=1e9, help="stop and save then; run again to go on")
     add("--save-seconds", type=float, default=120, help="time between saved states")
     add("--validate-every", type=int, default=500, help="steps: loss, contact sheet, curves.png")
+    add("--plan", action="store_true",
+        help="print what a LoRA takes on a card, by option, and how long; loads nothing")
+    add("--tflops", type=float, help="for --plan: what the card reaches (bf16)")
     add("--compile", action=switch, default=False, help="torch.compile: minutes, then faster")
     args = p.parse_args(words)
     # our reading: without a manifest, how the bundled weights were trained. The world is small, so
@@ -172,31 +179,13 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.optimizer == "muon" and not args.full:
         raise ValueError("expected --full with --optimizer muon, got a LoRA; Muon is for whole "
                          "matrices, leave it out")
+    check_memory_options(args)
     check_folder(args.out)
     check_weights(empty_transformer(args.checkpoint), args.checkpoint, TRANSFORMER_PREFIX)
     check_text(args.checkpoint, args.gemma_root)
 
 
 # ------------------------------------------------------------ the model and its optimiser
-
-
-def load_transformer(args: argparse.Namespace, device: str, sharded: bool) -> VideoTransformer:
-    """Block by block: read, add the LoRA, shard. No process holds more than its share and one
-    block."""
-    model = empty_transformer(args.checkpoint).requires_grad_(args.full)  # shapes, no numbers yet
-    # LTX-2.3: what is trained is kept in float32, what is frozen in the type of the computation.
-    low = args.precision == "bf16" and not args.full
-
-    def finish(block: nn.Module) -> None:
-        if not args.full:
-            add_lora(block, rank=args.rank, alpha=args.rank)
-        if sharded:
-            shard(block, device)
-
-    load_by_block(model, "transformer_blocks", args.checkpoint, TRANSFORMER_PREFIX,
-                  torch.bfloat16 if low else torch.float32, device, finish)
-    model.gradient_checkpointing = args.gradient_checkpointing
-    return shard(model, device) if sharded else model
 
 
 def make_optimizer(args: argparse.Namespace, named: dict[str, nn.Parameter]) -> MuonAdamW:
@@ -271,54 +260,75 @@ def losses(args: argparse.Namespace, model: VideoTransformer, predict: Callable[
 
     predict: reference.predict_velocity, compiled or not.
     """
-    vae, device = frozen.vae, batch.x0.device
+    vae, device = frozen.vae, frozen.null_context.device
+    # What decides about shapes is read before it is on the card, which would have to be waited for.
+    drops = not draws.keep_ref.any(), not draws.keep_ref.all()  # all clips do; some clips do
+    frame, judged = draws.frame, (draws.frame >= 0).nonzero()[:, 0]               # (B,), (b,)
+    clips, draws = batch.to(device), draws.to(device)
     scales = batch.frame_rate, vae.time_scale, vae.space_scale
     layout = Layout(*batch.grid, *scales, args.placement)
-    noisy, target = add_noise(batch.x0, draws.noise, draws.sigma)                 # (B, L, C) each
+    noisy, target = add_noise(clips.x0, draws.noise, draws.sigma)                 # (B, L, C) each
     keep = draws.keep_text[:, None, None]
-    context = torch.where(keep, batch.context, frozen.null_context)               # (B, N, D)
-    with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-        tokens = encode_reference(vae.encode, draws.reference).float()            # (B, R, C)
-        # A dropped reference is hidden from every query rather than left out: the same numbers,
-        # and one shape for the batch.
-        seen = draws.keep_ref.float()[:, None].expand(tokens.shape[:2])           # (B, R)
-        mask = torch.cat([torch.ones_like(noisy[:, :, 0]), seen], dim=1)[:, None]  # (B, 1, S)
+    context = torch.where(keep, clips.context, frozen.null_context)               # (B, N, D)
+    with mixed_precision(args, device.type):
+        reference, mask = shown(args, vae, draws, layout, drops)
         v = predict(model, noisy, draws.sigma, layout.video_positions().to(device), context,
-                    Reference(tokens, layout.reference_positions().to(device)),
-                    attention_mask=mask).float()                                  # (B, L, C)
+                    reference, attention_mask=mask).float()                       # (B, L, C)
         fm = flow_matching_loss(v, target)
         face = identity = fm.new_zeros(())
         if args.w_face > 0:
-            face = face_weighted_loss(v, target, batch.face)
-        if len(judged := (draws.frame >= 0).nonzero()[:, 0]):
-            x0 = clean_estimate(noisy, v, draws.sigma)[judged]                    # (b, L, C)
-            identity = identity_term(args, frozen, x0, batch, draws.frame, judged)
+            face = face_weighted_loss(v, target, clips.face)
+        if len(judged):
+            x0 = clean_estimate(noisy, v, draws.sigma)                            # (B, L, C)
+            identity = identity_term(args, frozen, x0, batch, judged, frame)
     return fm, face, identity
 
 
+def shown(args: argparse.Namespace, vae: VideoVAE, draws: Draws, layout: Layout,
+          drops: tuple[bool, bool]) -> tuple[Reference | None, Tensor | None]:
+    """The reference for the model, and the mask that hides it from clips which drop it.
+
+    drops: do all clips, do some. All: it is absent, as in sampling. None: no mask, so that the
+    fastest attention serves. A compiled model gets reference and mask in any case: one shape.
+    """
+    everybody, somebody = drops
+    if everybody and not args.compile:
+        return None, None
+    tokens = encode_reference(vae.encode, draws.reference).float()                # (B, R, C)
+    reference = Reference(tokens, layout.reference_positions().to(tokens.device))
+    if not somebody and not args.compile:
+        return reference, None
+    seen = draws.keep_ref.float()[:, None].expand(tokens.shape[:2])               # (B, R)
+    video = seen.new_ones(len(seen), layout.F * layout.H * layout.W)              # (B, L)
+    return reference, torch.cat([video, seen], dim=1)[:, None]                    # (B, 1, S)
+
+
 def identity_term(args: argparse.Namespace, frozen: Frozen, x0: Tensor, batch: Batch,
-                  frame: Tensor, judged: Tensor) -> Tensor:
+                  judged: Tensor, frame: Tensor) -> Tensor:
     """our reading: 1 - cosine between the reference's face and that of a decoded clean estimate.
 
-    x0 (b, L, C) of the judged clips (b,), frame (B,) which of its frames is judged. The
-    un-augmented reference says who it is. Only the frames around the one that is judged are
+    x0 (B, L, C), of which the clips judged (b,) are looked at; frame (B,) which of its frames. The
+    un-augmented reference says who it is. Only the face and what is near it in space and time is
     decoded, with gradients through the frozen decoder.
     """
-    vae, net, frames, t = frozen.vae, frozen.net, [], frame[judged]
-    for x, at in zip(unpatchify(x0, *batch.grid), t.tolist(), strict=True):
-        job = vae.decode_frame, x[None], at, ID_REACH
-        frames.append(checkpoint(*job, use_reentrant=False) if args.gradient_checkpointing
-                      else job[0](*job[1:]))                                      # (1, 3, h, w)
+    vae, net, device = frozen.vae, frozen.net, x0.device
+    t = frame[judged]                                                             # (b,)
     # where the face is: five landmarks, NaN where none are known
     marks, ref_marks = batch.landmarks[judged, t], batch.reference_landmarks[judged]  # (b, 5, 2)
     # both faces are cut in one way: by landmarks, or else by boxes
     usable = usable_landmarks(marks) & usable_landmarks(ref_marks)                # (b,)
     marks, ref_marks = (m.where(usable[:, None, None], torch.nan) for m in (marks, ref_marks))
-    crops = faces_of(torch.cat(frames).float(), batch.boxes[judged, t], marks, net.size)
+    boxes = batch.boxes[judged, t]                                                # (b, 4)
+    areas = area_of(boxes, marks, net.size).tolist()
+    frames = [vae.decode_frame(unpatchify(x0[i : i + 1], *batch.grid), at, area,
+                               recompute=args.gradient_checkpointing)             # (1, 3, h, w)
+              for i, at, area in zip(judged.tolist(), t.tolist(), areas, strict=True)]
+    crops = faces_of(torch.cat(frames).float(), boxes, marks, net.size)
     with torch.no_grad():  # the target: who the reference shows
-        faces = faces_of(batch.reference[judged], batch.reference_box[judged], ref_marks, net.size)
-        person = net(faces)                                                       # (b, E)
-    return identity_loss(net, crops, person, torch.ones_like(judged, dtype=torch.bool))
+        pictures, ref_boxes = batch.reference[judged].to(device), batch.reference_box[judged]
+        person = net(faces_of(pictures, ref_boxes, ref_marks, net.size))          # (b, E)
+    return identity_loss(net, crops, person, torch.ones(len(judged), dtype=torch.bool,
+                                                        device=device))
 
 
 def applies(args: argparse.Namespace, batch: Batch, draws: Draws) -> Tensor:
@@ -337,7 +347,8 @@ def begin(args: argparse.Namespace, model: VideoTransformer, clips: str, world_s
     named = {k: p for k, p in model.named_parameters() if p.requires_grad}
     free = ("steps", "minutes", "compile", "out", "save_seconds", "batch", "accumulate", "parallel",
             "cache", "validate_every", "gradient_checkpointing", "validation", "manifest", "root",
-            "allow_outside", "offload_text", "checkpoint", "gemma_root", "face", "device")
+            "allow_outside", "offload_text", "checkpoint", "gemma_root", "face", "device",
+            "offload", "plan", "tflops")
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()
                 if k not in free}
     # However the clips of a step are shared out, it is the same step.
@@ -347,7 +358,9 @@ def begin(args: argparse.Namespace, model: VideoTransformer, clips: str, world_s
     settings["content"] = {what: [identity(path), str(path)] for what, path in files.items()}
     settings["content"]["clips"] = [clips, str(args.manifest or "the procedural world")]
     optimizer = make_optimizer(args, named)
-    return Run(args.out, named, optimizer, EMA(named, EMA_DECAY), settings, KEEP)
+    # The average of a LoRA is half a gigabyte that a card need not hold.
+    ema = EMA(named, EMA_DECAY, None if args.full else "cpu")
+    return Run(args.out, named, optimizer, ema, settings, KEEP)
 
 
 def descend(args: argparse.Namespace, batch: Batch, draws: Draws, compute: Callable,
@@ -414,9 +427,10 @@ def train(args: argparse.Namespace) -> None:
     # paper: the VAE is frozen; gradients of the identity loss pass through it
     vae = VideoVAE.load(args.checkpoint, device, torch.float32)
     net = load_facenet(args.face, device) if args.w_id > 0 else None
-    data, shown, held_out = open_data(args, vae, device, rank, world_size)
+    data, looked_at, held_out = open_data(args, vae, device, rank, world_size)
+    vae.to(frozen_type(args))  # clips were encoded in float32
     sharded = args.parallel == "fsdp" and can_shard()
-    model = load_transformer(args, device, sharded)
+    model = load_base(args, device, sharded)
     run = begin(args, model, data.fingerprint(), world_size)
     order = Order(data.groups, args.batch * args.accumulate * world_size, args.seed)
     # Gathering shards would break a compiled graph into pieces.
@@ -424,7 +438,7 @@ def train(args: argparse.Namespace) -> None:
     frozen = Frozen(vae, net, data.null_context.to(device))
 
     def compute(batch: Batch, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
-        return losses(args, model, predict, frozen, batch.to(device), draws.to(device))
+        return losses(args, model, predict, frozen, batch, draws)
 
     def read(step: int) -> tuple[list[int], Batch, Draws]:
         everyone = order(step)
@@ -435,8 +449,8 @@ def train(args: argparse.Namespace) -> None:
         return everyone, batch, draw(args, batch, generators)
 
     look = held_out_losses(args, compute)
-    sheet = partial(sample_clips, shown, config=config, model=model, vae=vae,
-                    placement=args.placement, precision=args.precision)
+    sheet = partial(sample_clips, looked_at, config=config, model=model, vae=vae,
+                    placement=args.placement, precision=mixed_precision(args, device))
     ahead = ThreadPoolExecutor(1, initializer=settle_thread, initargs=(torch.get_num_threads(),))
     ready = ahead.submit(read, run.done)  # the next step's clips are read while this one computes
     samples = args.batch * args.accumulate
@@ -460,7 +474,7 @@ def train(args: argparse.Namespace) -> None:
                    with_face=with_face, with_id=with_id)
         if (step + 1) % args.validate_every == 0 or step + 1 == args.steps:
             run.report(step + 1, samples)
-            validate(run, shown, args.batch, held_out, look, sheet)
+            validate(run, looked_at, args.batch, held_out, look, sheet)
         elif (step + 1) % 100 == 0:  # a glance, long before the first validation
             draw_curves(run)
     ahead.shutdown(cancel_futures=True)
@@ -471,7 +485,8 @@ def train(args: argparse.Namespace) -> None:
 
 
 def main(words: list[str] | None = None) -> int:
-    return command("train.py", lambda: train(parse_arguments(words)))
+    args = parse_arguments(words)
+    return command("train.py", lambda: plan.show(args) if args.plan else train(args))
 
 
 if __name__ == "__main__":

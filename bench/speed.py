@@ -142,7 +142,7 @@ def inputs(config: TransformerConfig, grid: tuple[int, int, int], reference: boo
     cells = [video_grid(*grid)] + [reference_grid(*grid)] * reference
     L, S = len(cells[0]), sum(map(len, cells))
     sigma = torch.tensor([0.7], device=device)
-    timesteps = torch.cat([sigma[:, None].expand(1, L), sigma.new_zeros(1, S - L)], dim=1)
+    timesteps = [(sigma, L)] + [(torch.zeros_like(sigma), S - L)] * reference
     latent = torch.randn(1, S, config.in_channels, device=device, dtype=dtype)
     context = torch.randn(1, TEXT, config.dim, device=device, dtype=dtype)
     positions = grid_to_positions(torch.cat(cells), 24)[None].to(device)
@@ -153,10 +153,11 @@ def inputs(config: TransformerConfig, grid: tuple[int, int, int], reference: boo
 def theirs_on(twin: nn.Module, batch: dict, heads: int) -> Tensor:
     """Diffusers' forward, video only: one audio token, no exchange between the two halves."""
     new = batch["latent"].new_zeros
+    timesteps = torch.cat([level[:, None].expand(1, n) for level, n in batch["timesteps"]], dim=1)
     return twin(
         hidden_states=batch["latent"], encoder_hidden_states=batch["context"],
         audio_hidden_states=new(1, 1, 4), audio_encoder_hidden_states=new(1, 1, 8 * heads),
-        timestep=batch["timesteps"] * 1000, audio_timestep=batch["sigma"].new_zeros(1, 1),
+        timestep=timesteps * 1000, audio_timestep=batch["sigma"].new_zeros(1, 1),
         sigma=batch["sigma"] * 1000, video_coords=batch["positions"], audio_num_frames=1,
         isolate_modalities=True, use_cross_timestep=True, return_dict=False)[0]
 
@@ -264,30 +265,41 @@ def random_model(config: TransformerConfig, device: str, streamed: bool,
         parameter.requires_grad_(False)
         value = torch.randn(parameter.shape, device=device, dtype=torch.bfloat16) * 0.02
         dtype = FLOAT8 if parameter.dtype == FLOAT8 else torch.bfloat16
-        parameter.data = value.to(parameter.device, dtype)
+        parameter.data = value.to(dtype).to(parameter.device)  # cast where it is fast
     if streamed:
         blocks, model.transformer_blocks = model.transformer_blocks, nn.ModuleList()
         model.to(device).transformer_blocks = HostStream(blocks, device)
     return model
 
 
+def copy_rate(device: str, size: int) -> float:
+    """Bytes per second from page-locked memory to the card: the most that streaming can reach."""
+    if device == "cpu":
+        return float("nan")
+    there = torch.empty(size, size, device=device)
+    here = torch.empty(size, size, pin_memory=True)
+    return here.nbytes / clock(device, 3, lambda: there.copy_(here, non_blocking=True))[0]
+
+
 def full_size(config: TransformerConfig, grid: tuple[int, int, int], device: str,
               size: int = 8192) -> None:
     """A guided step of a transformer with random weights: resident, in float8, streamed, both."""
-    rate, cells = matrix_rate(torch.bfloat16, device, size), grid[1] * grid[2]
-    print(f"{torch.cuda.get_device_name() if device == 'cuda' else device}: {rate / 1e12:.1f} "
-          f"TFLOP/s in a bf16 matrix product of {size}\n\n| {config.num_layers} blocks, "
-          f"{grid[0] * cells} + {cells} tokens | seconds per guided step | share | peak GB |\n"
-          "|---|---|---|---|")
+    rate, cells, flops = matrix_rate(torch.bfloat16, device, size), grid[1] * grid[2], 0
+    card = torch.cuda.get_device_name() if device == "cuda" else device
+    print(f"torch {torch.__version__}, {card}: {rate / 1e12:.1f} TFLOP/s in a bf16 matrix product "
+          f"of {size}, copies at {copy_rate(device, size) / 1e9:.1f} GB/s\n\n"
+          f"| {config.num_layers} blocks, {grid[0] * cells} + {cells} tokens | "
+          "seconds per guided step | share | peak GB |\n|---|---|---|---|")
+    plain, full = (inputs(config, grid, r, torch.bfloat16, device) for r in (False, True))
     for streamed, fp8 in ((False, False), (False, True), (True, False), (True, True)):
         model = random_model(config, device, streamed, fp8)
-        plain, full = (inputs(config, grid, r, torch.bfloat16, device) for r in (False, True))
         step = guided(model, plain, full, grid)
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        (seconds,) = clock(device, 3, step)
+        (seconds,) = clock(device, 2, step)
         used = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else float("nan")
-        share = operations(step, torch.bfloat16) / seconds / rate
+        flops = flops or operations(step, torch.bfloat16)  # the same for all four
+        share = flops / seconds / rate
         name = ("--offload cpu" if streamed else "resident") + " fp8-cast" * fp8
         print(f"| {name} | {seconds:.2f} | {share:.0%} | {used:.1f} |", flush=True)
         del model, step

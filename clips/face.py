@@ -258,22 +258,37 @@ def align(frames: Tensor, landmarks: Tensor, size: int = 112) -> Tensor:
     if landmarks.shape != (B, 5, 2):
         raise ValueError(f"expected landmarks ({B}, 5, 2), got {tuple(landmarks.shape)}; give five "
                          "to each frame")
-    landmarks = landmarks.to(frames.device, torch.float32)  # bfloat16 cannot place them
     if len(bad := (~usable_landmarks(landmarks)).nonzero()):
         row = int(bad[0, 0])
         raise ValueError("expected eyes, nose and mouth corners, image left first, got "
                          f"{landmarks[row].tolist()} in row {row}; reorder them, or cut this face "
                          "out by box")
-    matrix = similarity_transform(landmarks, template(size))               # frame -> picture
-    a, b = matrix[:, 0, 0, None, None], matrix[:, 1, 0, None, None]
-    middle = torch.arange(size, device=matrix.device) + 0.5
-    u, v = middle - matrix[:, 0, 2, None, None], middle[:, None] - matrix[:, 1, 2, None, None]
-    # picture -> frame: divide u + iv by a + ib
-    x, y = (a * u + b * v) / (a * a + b * b), (a * v - b * u) / (a * a + b * b)
+    landmarks = landmarks.to(frames.device, torch.float32)  # bfloat16 cannot place them
+    middle = torch.arange(size, device=landmarks.device) + 0.5
+    x, y = in_frame(landmarks, middle, middle[:, None], size)              # (B, size, size) each
     grid = torch.stack([x * 2 / w - 1, y * 2 / h - 1], dim=-1)             # (B, size, size, 2)
     # align_corners=False: -1 is the frame's outer edge
     return nnf.grid_sample(frames.float(), grid, mode="bilinear", padding_mode="border",
                            align_corners=False)
+
+
+def in_frame(landmarks: Tensor, u: Tensor, v: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Where in its frame `align` finds the places u (columns), v (rows) of its picture: x and y,
+    (B, ...) each, for u and v that broadcast to (...), two axes."""
+    matrix = similarity_transform(landmarks, template(size))               # frame -> picture
+    a, b = matrix[:, 0, 0, None, None], matrix[:, 1, 0, None, None]
+    u, v = u - matrix[:, 0, 2, None, None], v - matrix[:, 1, 2, None, None]
+    # picture -> frame: divide u + iv by a + ib
+    return (a * u + b * v) / (a * a + b * b), (a * v - b * u) / (a * a + b * b)
+
+
+def area_of(boxes: Tensor, landmarks: Tensor, size: int = 112) -> Tensor:
+    """The part of each frame that `faces_of` looks at: left, top, right, bottom, (B, 4)."""
+    edge = torch.tensor([0.0, size], device=landmarks.device)
+    x, y = in_frame(landmarks, edge, edge[:, None], size)                  # (B, 2, 2), the corners
+    corners = [x.amin((1, 2)), y.amin((1, 2)), x.amax((1, 2)), y.amax((1, 2))]
+    aligned = usable_landmarks(landmarks)[:, None]                         # (B, 1)
+    return torch.where(aligned, torch.stack(corners, dim=1), square(boxes.to(x)))
 
 
 def faces_of(frames: Tensor, boxes: Tensor, landmarks: Tensor | None = None, size: int = 112
@@ -281,7 +296,8 @@ def faces_of(frames: Tensor, boxes: Tensor, landmarks: Tensor | None = None, siz
     """The faces for the recogniser: frames (B, 3, h, w) -> (B, 3, size, size), by landmarks where
     usable, else by box.
 
-    boxes (B, 4), landmarks None or (B, 5, 2), NaN where there are none. Cut the reference and the
+    boxes (B, 4), landmarks None or (B, 5, 2), NaN where there are none; both on the CPU for a card
+    that shall not wait. Cut the reference and the
     generated face in the same way: the two ways show a face at different sizes, and a cosine across
     them is too low.
     """
@@ -290,7 +306,6 @@ def faces_of(frames: Tensor, boxes: Tensor, landmarks: Tensor | None = None, siz
     if landmarks.shape != (len(frames), 5, 2):
         raise ValueError(f"expected landmarks ({len(frames)}, 5, 2), got {tuple(landmarks.shape)}; "
                          "NaN where unknown")
-    boxes, landmarks = boxes.to(frames.device), landmarks.to(frames.device)
     known = usable_landmarks(landmarks)                                    # (B,)
     faces = torch.empty(len(frames), 3, size, size, device=frames.device)
     if known.any():

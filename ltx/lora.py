@@ -30,7 +30,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from common.files import one_line, parse_json, read_text
 from ltx.checkpoint import open_file, write_file
+from ltx.offload import from_float8
 
 # LTX-2.3: the modules of the published in-context LoRA recipe.
 LORA_TARGETS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0",
@@ -48,10 +49,37 @@ LORA_PREFIX = "diffusion_model."
 # ---------------------------------------------------------------- training one, and writing it
 
 
+class LoRAProduct(torch.autograd.Function):
+    """W x + b + B (A x) for rows x (n, in) and a frozen W (out, in), in the type of x.
+
+    The same numbers as by ordinary layers, with less memory and fewer passes over it: the
+    correction is added by the matrix product itself, in the gradient too; and a W of one byte a
+    number (ltx/offload.py) is cast again in the backward pass instead of kept.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, frozen: tuple[Tensor, Tensor | None, Tensor | None],
+                A: Tensor, B: Tensor) -> Tensor:
+        weight, scale, bias = frozen
+        low = F.linear(x, A)                                  # (n, rank)
+        ctx.save_for_backward(x, low, weight, scale, A, B)
+        out = F.linear(x, from_float8(weight, scale, x.dtype), bias)
+        return out.addmm_(low, B.T)                           # (n, out)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None, Tensor, Tensor]:
+        x, low, weight, scale, A, B = ctx.saved_tensors
+        g_x, g_low = None, g @ B                              # (n, rank)
+        if ctx.needs_input_grad[0]:  # the first block's input is data
+            g_x = (g @ from_float8(weight, scale, g.dtype)).addmm_(g_low, A)  # (n, in)
+        return g_x, None, g_low.T @ x, g.T @ low
+
+
 class LoRALinear(nn.Module):
     """A frozen linear plus a correction: base(x) + scale * B(A(x)). x (..., in) -> (..., out).
 
-    A (rank, in) and B (out, rank) are float32 whatever the base has.
+    A (rank, in) and B (out, rank) are float32 whatever the base has, and rounded to the type of x
+    when used.
     """
 
     def __init__(self, base: nn.Module, A: Tensor, B: Tensor, scale: float):
@@ -62,9 +90,9 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Parameter(B.to(base.weight.device, torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.base(x)                                    # (..., out)
-        low = F.linear(x.to(self.lora_A.dtype), self.lora_A)  # (..., rank)
-        return out + (F.linear(low, self.lora_B) * self.scale).to(out.dtype)
+        A, B = self.lora_A.to(x.dtype), (self.lora_B * self.scale).to(x.dtype)
+        frozen = self.base.weight, getattr(self.base, "scale", None), self.base.bias
+        return LoRAProduct.apply(x.flatten(0, -2), frozen, A, B).unflatten(0, x.shape[:-1])
 
 
 def add_lora(model: nn.Module, rank: int = 32, alpha: float = 32,

@@ -51,34 +51,50 @@ def to_float8(weight: Tensor) -> Tensor:
     return weight.clamp(-bound, bound).to(FLOAT8)
 
 
+def from_float8(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The weight in the type it is used in; scale (out, 1) or None. Others than float8 stay."""
+    weight = weight.to(dtype)
+    return weight if scale is None else weight.mul_(scale)
+
+
 class CastLinear(nn.Module):
     """A linear layer whose weight (out, in) is kept in float8_e4m3fn and cast when used. LTX-2.3.
 
-    Names and shapes are those of nn.Linear, so checkpoints load by name. The weight takes no
-    gradient.
+    Names and shapes are those of nn.Linear, so checkpoints load by name. by_row: with a scale
+    (out, 1), so that the largest number of each row is 448 and small ones are not lost. Weight,
+    scale and bias take no gradient.
     """
 
-    def __init__(self, linear: nn.Linear):
+    def __init__(self, linear: nn.Linear, by_row: bool = False):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight = nn.Parameter(to_float8(linear.weight.detach()), requires_grad=False)
-        self.bias = linear.bias
+        weight, scale = linear.weight.detach(), None
+        if by_row:
+            bound = torch.finfo(FLOAT8).max
+            largest = weight.abs().amax(dim=1, keepdim=True)
+            tiny = bound * torch.finfo(weight.dtype).tiny  # a row of zeros must not divide by zero
+            scale = nn.Parameter(largest.clamp(min=tiny) / bound, requires_grad=False)
+            weight = weight / scale
+        self.weight = nn.Parameter(to_float8(weight), requires_grad=False)
+        self.register_parameter("scale", scale)
+        self.bias = None if linear.bias is None else linear.bias.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), self.bias)  # (..., in) -> (..., out)
+        weight = from_float8(self.weight, self.scale, x.dtype)
+        return F.linear(x, weight, self.bias)                   # (..., in) -> (..., out)
 
 
-def cast_linears(module: nn.Module) -> nn.Module:
+def cast_linears(module: nn.Module, by_row: bool = False) -> nn.Module:
     """Replace every nn.Linear inside by a CastLinear, in place; returns the module.
 
     On the meta device this only marks the weights: load_streamed casts them as they come from the
-    file. The weights of a loaded module are cast now.
+    file. The weights of a loaded module are cast now, and have to be for scales by row.
     """
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):
-            setattr(module, name, CastLinear(child))
+            setattr(module, name, CastLinear(child, by_row))
         else:
-            cast_linears(child)
+            cast_linears(child, by_row)
     return module
 
 
@@ -187,16 +203,16 @@ def _load_rest(model: nn.Module, blocks: str, path: str | os.PathLike, prefix: s
 
 def load_by_block(model: nn.Module, blocks: str, path: str | os.PathLike, prefix: str,
                   dtype: torch.dtype | None, device: str | torch.device,
-                  finish: Callable[[nn.Module], object]) -> nn.Module:
+                  finish: Callable[[int, nn.Module], object]) -> nn.Module:
     """load_weights, one block of the ModuleList named `blocks` at a time; returns the model.
 
-    For training on several processes: `finish(block)` keeps a part of each block
-    (training/workers.py), so that the device never holds more than one whole block. The model is
-    on the meta device. Raises ValueError as load_weights.
+    For training: `finish(i, block)` rounds a block, keeps a part of it (training/workers.py) or
+    sends it away (training/frozen.py), so that the device never holds more than one whole block
+    that is not finished. The model is on the meta device. Raises ValueError as load_weights.
     """
     waiting = _load_rest(model, blocks, path, prefix, dtype=dtype, device=device)
     for i, block in enumerate(waiting):
-        finish(load_weights(block, path, f"{prefix}{blocks}.{i}.", dtype, device))
+        finish(i, load_weights(block, path, f"{prefix}{blocks}.{i}.", dtype, device))
     setattr(model, blocks, waiting)
     return model
 

@@ -121,6 +121,7 @@ def build_parser() -> Parser:
         help="(default: bfloat16 on CUDA, else float32)")
     add("--dry-run", action="store_true", help="check everything, print the settings, stop")
     add("--plan", action="store_true", help="print what fits on which card, and why; loads nothing")
+    add("--tflops", type=float, help="for --plan: what the card reaches (default: measured there)")
     return parser
 
 

@@ -28,6 +28,7 @@ import math
 import operator
 import os
 import sys
+import time
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,9 +51,11 @@ from model import TRANSFORMER_PREFIX, TransformerConfig, VideoTransformer
 
 GB = 10**9
 RESERVE = 1 * GB  # our reading: for the CUDA context, libraries and fragmentation
+REACHED = 0.6  # our reading: of the rate of a plain matrix product, by a whole pass
 CARDS = (12, 16, 24, 48, 80)
 LARGEST = 10**10  # pixels; 120 frames of 8192 x 8192, whose many tiles are walked in seconds
 SIZE = {"height": 512, "width": 768, "num_frames": 121}  # LTX-2.3: the official one
+STEPS = 30
 GUIDANCE = Guidance()
 BUNDLED = Path(__file__).resolve().parents[1] / "weights" / "tiny" / "model.safetensors"
 # sample.py's flags -> where the text model's layers wait, where the transformer's do
@@ -92,8 +95,8 @@ ALIVE = {
     "Gemma": "P*N*b * ((Kg + 1)*Dg + 4*Ig + 6*Dg)",
     "projection": "P*N*b * 4*(Kg + 1)*Dg",
     "connector": "P*N*b * 12*D",
-    # Feed-forward: the block's input, x, modulated x, gate, 4 D either side of GELU; cos and sin.
-    "denoise": "13*n*D*b + 2*N*D*b",
+    # Feed-forward: the block's input, x, modulated x, 4 D either side of GELU; cos and sin.
+    "denoise": "12*n*D*b + 2*N*D*b",
 }
 
 
@@ -312,6 +315,32 @@ def stored_bytes(path: str | os.PathLike, part: dict[str, Tensor]) -> int:
     return sum(t.numel() * TYPES[stored[name].get_dtype()].itemsize for name, t in part.items())
 
 
+def card_rate(size: int = 8192) -> float:
+    """Operations per second of a bf16 matrix product on this machine's card."""
+    x = torch.randn(size, size, dtype=torch.bfloat16, device="cuda")
+    best = math.inf
+    for _ in range(6):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        x @ x
+        torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def duration(flops: int, tflops: float | None) -> str:
+    """How long so many operations take, and at what rate: as given, or this machine's card's."""
+    if tflops is None and not torch.cuda.is_available():
+        return "take as long as the card decides: give its rate with --tflops"
+    how = "as given"
+    if tflops is None:
+        product = card_rate() / 1e12
+        tflops, how = round(REACHED * product), f"{REACHED:.0%} of a matrix product's here"
+    seconds, units = flops / tflops / 1e12, {"days": 86400, "hours": 3600, "minutes": 60}
+    unit, size = next((u for u in units.items() if seconds >= 2 * u[1]), ("seconds", 1))
+    return f"take {seconds / size:.1f} {unit} at {tflops:g} TFLOP/s ({how})"
+
+
 def short(value: float, unit: str = "") -> str:
     """12345678 -> "12.35 M"."""
     prefixes = {"T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3}
@@ -345,16 +374,17 @@ def print_plan(args: argparse.Namespace) -> None:
     given = {name: value for name, value in vars(args).items() if value is not None}
     scales = {name: given[name] for name in ("text_scale", "ref_scale", "order") if name in given}
     files = (args.checkpoint_path, args.gemma_root) if args.checkpoint_path != BUNDLED else ()
-    show(*files, guidance=Guidance(**scales), **{k: given[k] for k in SIZE if k in given})
+    show(*files, guidance=Guidance(**scales), tflops=given.get("tflops"),
+         **{k: given[k] for k in SIZE if k in given})
 
 
 def show(checkpoint_path: str | os.PathLike | None = None,
          gemma_root: str | os.PathLike | None = None, guidance: Guidance = GUIDANCE,
-         **size: int) -> None:
+         tflops: float | None = None, **size: int) -> None:
     """The plan in bf16, as text and Markdown. Without a file: LTX-2.3 and the 12B Gemma.
 
-    size: height, width, num_frames, or else the checkpoint's own. Raises ValueError as `plan`, and
-    when the file is no LTX-2.3 checkpoint.
+    size: height, width, num_frames, or else the checkpoint's own; tflops: of the card. Raises
+    ValueError as `plan`, and when the file is no LTX-2.3 checkpoint.
     """
     config = REAL if checkpoint_path is None else read_metadata(checkpoint_path)["config"]
     gemma = GEMMA if gemma_root is None else GemmaConfig.from_folder(gemma_root)
@@ -372,6 +402,10 @@ def show(checkpoint_path: str | os.PathLike | None = None,
         rows.append([name, len(part), f"{numbers(part):,}", made, stored])
     table(["part", "tensors", "parameters", f"bytes in {torch.bfloat16}", "in the file"], rows)
     print_operations(p)
+    steps = usual.get("steps", STEPS)
+    everything = steps * p.flops["step"] + p.flops["text"] + p.flops["encode"]
+    print(f"{steps} steps, prompts, reference and decoding "
+          f"{duration(everything + p.flops['decode, tiled'], tflops)}, loading apart\n")
     print_bytes(p)
     print("Notice: streamed, the blocks are no longer what is largest on the card; "
           "the text encoder and the VAE are.")

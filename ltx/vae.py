@@ -28,11 +28,12 @@ Read next: ltx/tiling.py
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ltx.checkpoint import load_weights, read_metadata, shapes_from
 from ltx.tiling import Plan, Tiling, decode_runs, plan_tiles
@@ -123,14 +124,19 @@ class ResStage(nn.Module):
         super().__init__()
         self.res_blocks = nn.ModuleList(ResBlock(width) for _ in range(layers))
 
-    def forward(self, x: Tensor, causal: bool) -> Tensor:
+    def forward(self, x: Tensor, causal: bool, recompute: bool = False) -> Tensor:
         # "Channels last" is the layout in memory that convolutions and norms over channels are
         # fastest in. Every call brings the weights into the layout of x, so x must not be small.
         if 2 * x.numel() > self.res_blocks[0].conv1.conv.weight.numel():
             x = x.contiguous(memory_format=torch.channels_last_3d)
         for block in self.res_blocks:
-            x = block(x, causal)
+            x = maybe_recomputed(block, x, causal, recompute)
         return x                                                         # (B, C, F, H, W)
+
+
+def maybe_recomputed(block: nn.Module, x: Tensor, causal: bool, recompute: bool) -> Tensor:
+    """block(x, causal); with `recompute` only x is kept for the backward pass."""
+    return checkpoint(block, x, causal, use_reentrant=False) if recompute else block(x, causal)
 
 
 class DownBlock(nn.Module):
@@ -232,10 +238,13 @@ class Decoder(nn.Module):
                 width //= number
         self.conv_out = CausalConv3d(width, config["out_channels"] * self.patch**2)
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z: Tensor, recompute: bool = False) -> Tensor:
         x = self.conv_in(z, False)                                       # (B, width, F', H, W)
         for block in self.up_blocks:
-            x = block(x, False)
+            if isinstance(block, ResStage):
+                x = block(x, False, recompute)
+            else:
+                x = maybe_recomputed(block, x, False, recompute)
         x = self.conv_out(nnf.silu(pixel_norm(x)), False)                # (B, 3*p*p, F, h/p, w/p)
         return unpatch_pixels(x, self.patch)                             # (B, 3, F, h, w)
 
@@ -291,20 +300,26 @@ class VideoVAE(nn.Module):
                              f"got {h}x{w}; resize")
         video = video[:, :, : F - (F - 1) % self.time_scale]
         mean, std = self.statistics()
-        return (self.encoder(video) - mean) / std                        # (B, C, F', H, W)
+        return (self.encoder(video.to(mean.dtype)) - mean) / std         # (B, C, F', H, W)
 
-    def decode(self, latent: Tensor) -> Tensor:
-        """LTX-2.3: normalised latent (B, C, F', H, W) -> (B, 3, F, h, w), about [-1, 1]."""
+    def decode(self, latent: Tensor, recompute: bool = False) -> Tensor:
+        """LTX-2.3: normalised latent (B, C, F', H, W) -> (B, 3, F, h, w), about [-1, 1].
+
+        recompute: keep little for the backward pass and compute the decoder's blocks again there.
+        """
         mean, std = self.statistics()
-        return self.decoder(latent * std + mean)                         # (B, 3, F, h, w)
+        return self.decoder(latent.to(mean.dtype) * std + mean, recompute)        # (B, 3, F, h, w)
 
-    def decode_frame(self, latent: Tensor, frame: int, reach: int = 2) -> Tensor:
-        """One frame of a video, with gradients: (B, C, F', H, W) -> (B, 3, h, w).
+    def decode_frame(self, latent: Tensor, frame: int, area: Sequence[float] | None = None,
+                     reach: tuple[int, int] = (2, 3), recompute: bool = False) -> Tensor:
+        """One frame of a video, or a part of it, with gradients: (B, C, F', H, W) -> (B, 3, h, w).
 
-        our reading: for the identity loss, which looks at one frame. The decoder looks both ways in
-        time, so `reach` latent frames on either side are decoded too and dropped. With a reach of
-        F' the frame is that of `decode`, bit for bit; what a smaller one costs: tests/test_vae.py.
-        Raises ValueError when the video has no such frame.
+        our reading: for the identity loss, which looks at a face in one frame. area: left, top,
+        right, bottom in pixels; None: the whole frame. The decoder looks around in time and space,
+        so as many latent frames and cells as `reach` says are decoded on every side too. Beyond
+        them the frame is 0. With a reach of the whole video all is as in `decode`, bit for bit;
+        what a smaller one costs: tests/test_vae.py. recompute: as in `decode`. Raises ValueError
+        when the video has no such frame.
         """
         last = latent.shape[2] - 1
         if not 0 <= frame <= last * self.time_scale:
@@ -312,9 +327,15 @@ class VideoVAE(nn.Module):
                              f"got {frame}; count from 0")
         cell = -(-frame // self.time_scale)  # frame 0 is latent frame 0, then `time_scale` to each
         # The first cell of a window makes one frame, as if it were a picture; it must not be ours.
-        start = max(0, cell - max(1, reach))
-        window = self.decode(latent[:, :, start : cell + reach + 1])     # (B, 3, f, h, w)
-        return window[:, :, frame - start * self.time_scale]             # (B, 3, h, w)
+        start = max(0, cell - max(1, reach[0]))
+        (H, W), s = latent.shape[3:], self.space_scale
+        left, top, right, bottom = (0, 0, W * s, H * s) if area is None else area
+        rows, columns = (slice(max(0, math.floor(a / s) - reach[1]), math.ceil(b / s) + reach[1])
+                         for a, b in ((top, bottom), (left, right)))
+        cells = latent[:, :, start : cell + reach[0] + 1, rows, columns]
+        picture = self.decode(cells, recompute)[:, :, frame - start * self.time_scale]
+        around = (columns.start, W - columns.stop, rows.start, H - rows.stop)
+        return nnf.pad(picture, [s * max(0, n) for n in around])         # (B, 3, h, w)
 
     def plan_tiles(self, grid: tuple[int, int, int], tiling: Tiling | None) -> Plan:
         """Tiles of a latent of `grid` (F', H, W) cells, see ltx/tiling.py. Needs no weights."""

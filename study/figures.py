@@ -163,8 +163,9 @@ def reference() -> Image.Image:
     s = torch.tensor([sigma])
     noisy, _ = loss.add_noise(clean.repeat(1, layout.F, 1), random_colors(L), s)   # (1, L, 3)
     tokens, timesteps, _ = append_reference(
-        noisy, s[:, None].expand(1, L), layout.video_positions()[None],
-        Reference(clean, layout.reference_positions()))                   # (1, S, 3), (1, S)
+        noisy, [(s, L)], layout.video_positions()[None],
+        Reference(clean, layout.reference_positions()))                   # (1, S, 3)
+    levels = [level.item() for level, count in timesteps for _ in range(count)]  # S numbers
     page.paste(letterbox(portrait(), height=512, width=384), 20, 90, 96, 128)
     page.paste(letterbox(portrait(), height=378, width=504), 214, 91, 168, 126)
     page.box(214, 91, 168, 126, edge=LINE)
@@ -179,7 +180,7 @@ def reference() -> Image.Image:
     S, kept = tokens.shape[1], drop_reference(tokens, L).shape[1]
     R, step = S - L, 860 / S
     for k in range(0, S, R):
-        x, w, level = 20 + k * step, R * step - 3, timesteps[0, k].item()
+        x, w, level = 20 + k * step, R * step - 3, levels[k]
         middle = x + R * step / 2
         color, name = (VIDEO, f"video frame {k // R}") if k < L else (REFERENCE, "reference")
         page.text(middle, 268, name, 15, color, "m", bold=k >= L)

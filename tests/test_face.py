@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from clips.face import (
     FaceNet,
     align,
+    area_of,
     faces_of,
     load_facenet,
     similarity_transform,
@@ -332,3 +333,18 @@ def test_square_keeps_the_middle_and_covers_the_box():
     box = torch.tensor([[10.0, 20.0, 30.0, 60.0]])
     assert square(box, grow=1.0).tolist() == [[0.0, 20.0, 40.0, 60.0]]
     assert square(box, grow=2.0).tolist() == [[-20.0, 0.0, 60.0, 80.0]]
+
+
+def test_the_area_is_what_is_looked_at_by_landmarks_as_by_box():
+    """Every pixel of the frame that gets a gradient lies in it, and it is no larger than need be;
+    a tilted face's corners stand out on all sides."""
+    turn = torch.tensor([[0.8, -0.6], [0.6, 0.8]])
+    marks = torch.stack([(template(32) - 16) @ turn.T + torch.tensor([30.0, 40.0]),
+                         torch.full((5, 2), torch.nan)])
+    boxes = torch.tensor([[0.0, 0, 8, 8], [20, 30, 40, 46]])
+    frames = torch.rand(2, 3, 80, 70, requires_grad=True)
+    faces_of(frames, boxes, marks, 32).square().sum().backward()
+    for k, area in enumerate(area_of(boxes, marks, 32)):
+        rows, columns = frames.grad[k].abs().sum(dim=0).nonzero().T
+        seen = torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+        assert (area - seen).abs().max() < 2, (area, seen)

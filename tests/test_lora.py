@@ -15,6 +15,7 @@ from torch import nn
 
 import model as m
 from ltx import lora
+from ltx.offload import CastLinear, from_float8
 
 # The recipe's targets, and the linears whose names differ between LTX-2.3 and Diffusers.
 EVERYWHERE = (*lora.LORA_TARGETS, "to_gate_logits", "patchify_proj", "adaln_single.linear",
@@ -74,6 +75,29 @@ def test_lora_runs_on_a_bf16_base():
     parameters = lora.add_lora(model, rank=2, alpha=2)
     model(**inputs()).square().mean().backward()
     assert all(p.dtype == torch.float32 and p.grad is not None for p in parameters)
+
+
+@pytest.mark.parametrize("how", ["bf16", "fp8", "fp8 with scales"])
+def test_the_hand_written_gradient_is_that_of_ordinary_layers(how):
+    """x of three axes, of a bias or none; then the first block's x, which wants no gradient."""
+    torch.manual_seed(0)
+    base = nn.Linear(24, 16, bias=how != "fp8")
+    if how != "bf16":
+        base = CastLinear(base, by_row=how != "fp8")
+    layer = lora.LoRALinear(base, torch.randn(4, 24), torch.randn(16, 4), 0.7)
+    weight = from_float8(base.weight, getattr(base, "scale", None), torch.float32).detach()
+    for learns in (True, False):
+        x, found = torch.randn(2, 5, 24, requires_grad=learns), []
+        plain = lambda x: (nn.functional.linear(x, weight, base.bias)  # noqa: E731
+                           + x @ layer.lora_A.T @ layer.lora_B.T * 0.7)
+        for run in (layer, plain):
+            layer.zero_grad()
+            x.grad = None
+            y = run(x)
+            y.square().sum().backward()
+            grads = [layer.lora_A.grad, layer.lora_B.grad] + [x.grad] * learns
+            found.append([y.detach(), *grads])
+        assert max(difference(a, b) / b.abs().max() for a, b in zip(*found, strict=True)) < 1e-5
 
 
 def test_a_lora_saved_and_fused_equals_the_lora_that_was_trained(tmp_path):

@@ -85,9 +85,8 @@ def golden():
     return c.load_weights(model, path, PREFIX), load_file(path), config["io"]
 
 
-@pytest.mark.parametrize("grad", [True, False], ids=["per_token_rows", "rows_per_distinct_level"])
 @pytest.mark.parametrize("case", CASES)
-def test_velocity_equals_the_reference_implementation(golden, case, grad):
+def test_velocity_equals_the_reference_implementation(golden, case):
     model, tensors, io = golden
     g = {
         key.removeprefix(f"io.{case}."): value
@@ -104,8 +103,7 @@ def test_velocity_equals_the_reference_implementation(golden, case, grad):
         "attention_mask",
     ]
     skip = (io["stg_block"],) if case == "stg_block1" else ()
-    with torch.set_grad_enabled(grad):
-        velocity = model(**{key: g[key] for key in keys if key in g}, skip_blocks=skip)
+    velocity = model(**{key: g[key] for key in keys if key in g}, skip_blocks=skip)
     x0 = g["latent"] - g["timesteps"][..., None] * velocity
     found = difference(velocity, g["velocity"]), difference(x0, g["x0"])
     print(case, found)
@@ -219,14 +217,13 @@ def test_permuting_tokens_with_their_positions_permutes_the_output():
     assert found < 1e-5, found
 
 
-@pytest.mark.parametrize("grad", [True, False])
-def test_reference_tokens_that_nobody_may_see_change_nothing_for_the_video(grad):
+def test_reference_tokens_that_nobody_may_see_change_nothing_for_the_video():
     model, batch = build(), inputs()
     B, S = batch["timesteps"].shape
     L = S * 2 // 3
     mask = torch.ones(B, 1, S)
     mask[:, :, L:] = 0
-    with torch.set_grad_enabled(grad):
+    with torch.no_grad():
         masked = model(**batch, attention_mask=mask)[:, :L]
         visible = model(**batch)[:, :L]
         keep = {"latent": batch["latent"][:, :L], "timesteps": batch["timesteps"][:, :L]}
@@ -239,6 +236,26 @@ def test_reference_tokens_that_nobody_may_see_change_nothing_for_the_video(grad)
         "a key mask and the same mask written out for every query must agree"
     )
     assert difference(visible, alone) > 1e-3, "without the mask the reference must matter"
+
+
+@pytest.mark.parametrize("counts", [(18,), (12, 6), (6, 6, 6)])
+def test_runs_of_tokens_equal_the_same_levels_written_out_for_each(counts):
+    """Outputs and the gradients of every tensor; the rows are made once a run, not once a token."""
+    model, batch = build(), inputs()
+    runs = [(torch.rand(2), count) for count in counts]
+    written = torch.cat([level[:, None].expand(2, count) for level, count in runs], dim=1)
+    asked, found = [], []
+    model.adaln_single.register_forward_pre_hook(lambda _, given: asked.append(given[0].shape))
+    for timesteps in (written, runs):
+        model.zero_grad()
+        velocity = model(**dict(batch, timesteps=timesteps))
+        velocity.square().mean().backward()
+        found.append([velocity, *(p.grad for p in model.parameters())])
+    assert asked == [(2, 18), (2, len(counts))]
+    worst = max(difference(a, b) / max(1, b.abs().max()) for a, b in zip(*found, strict=True))
+    assert worst < 1e-5, worst
+    with pytest.raises(ValueError, match="timesteps"):
+        model(**dict(batch, timesteps=[*runs, (torch.rand(2), 1)]))
 
 
 def test_the_placement_of_the_reference_matters_and_the_sigma_reaches_the_prompt():
@@ -298,10 +315,13 @@ def test_recomputing_blocks_gives_the_same_gradients():
 
 
 @pytest.mark.parametrize("grad", [True, False])
-def test_the_whole_forward_pass_compiles_into_one_graph(grad):
+@pytest.mark.parametrize("runs", [True, False])
+def test_the_whole_forward_pass_compiles_into_one_graph(grad, runs):
     """backend "eager" traces only; fullgraph refuses any decision that depends on data."""
     torch._dynamo.reset()
     model, batch = build(), inputs()
+    if runs:
+        batch["timesteps"] = [(torch.rand(2), 12), (torch.zeros(2), 6)]
     with torch.set_grad_enabled(grad):
         compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
         found = difference(compiled(**batch), model(**batch))

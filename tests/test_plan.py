@@ -82,7 +82,7 @@ def test_only_streams_that_read_the_reference_pay_for_it(real):
 def test_the_formulas_of_a_pass_count_exactly_what_the_transformer_does(grid, reference):
     batch = inputs(SIZES, grid)
     n = batch["latent"].shape[1] if reference else grid[0] * grid[1] * grid[2]
-    batch |= {"latent": batch["latent"][:, :n], "timesteps": batch["timesteps"][:, :n],
+    batch |= {"latent": batch["latent"][:, :n], "timesteps": batch["timesteps"][: 1 + reference],
               "positions": batch["positions"][:, :, :n]}
     # The fused attention is not counted.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

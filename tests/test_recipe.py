@@ -33,7 +33,7 @@ from clips.dataset import Order, open_manifest
 from clips.face import FaceNet
 from common.seeds import seeded
 from ltx.checkpoint import load_weights, open_file, read_metadata, write_file
-from ltx.lora import load_lora
+from ltx.lora import add_lora, load_lora
 from ltx.text import TextEncoder
 from ltx.vae import VideoVAE
 from model import VideoTransformer
@@ -573,7 +573,7 @@ def test_a_run_its_lora_and_its_lora_in_diffusers_agree(bench, trained, loader):
     with torch.no_grad():
         ours = base(**batch)
     run = load_weights(VideoTransformer(SIZES), checkpoint, PREFIX, torch.float32).eval()
-    train.add_lora(run, rank=4, alpha=4)
+    add_lora(run, rank=4, alpha=4)
     state = load_state(trained / "state-00000040.safetensors")[0]
     with torch.no_grad():
         for name, parameter in run.named_parameters():

@@ -179,7 +179,7 @@ def test_the_reference_gives_as_many_tokens_as_one_video_frame_and_no_gradient()
 
 
 def sequence(B=2, L=24, R=6, C=8):
-    video = torch.randn(B, L, C), torch.rand(B, L) * 0.9 + 0.1, torch.rand(B, 3, L, 2)
+    video = torch.randn(B, L, C), [(torch.rand(B) * 0.9 + 0.1, L)], torch.rand(B, 3, L, 2)
     return *video, Reference(torch.randn(B, R, C), torch.rand(3, R, 2))
 
 
@@ -187,7 +187,9 @@ def test_reference_tokens_arrive_clean_behind_the_video_with_their_own_positions
     video, timesteps, positions, ref = sequence()
     tokens, all_timesteps, all_positions = append_reference(video, timesteps, positions, ref)
     assert torch.equal(tokens[:, 24:], ref.tokens) and tokens.shape == (2, 30, 8)
-    assert (all_timesteps[:, 24:] == 0).all() and torch.equal(all_timesteps[:, :24], timesteps)
+    (level, noisy), (zero, clean) = all_timesteps
+    assert torch.equal(level, timesteps[0][0]) and (zero == 0).all() and zero.shape == (2,)
+    assert (noisy, clean) == (24, 6)
     assert torch.equal(all_positions[:, :, :24], positions), "a reference never moves the video"
     assert torch.equal(all_positions[:, :, 24:], ref.positions.expand(2, 3, 6, 2))
     batched = ref._replace(positions=ref.positions.expand(2, 3, 6, 2))
@@ -197,14 +199,15 @@ def test_reference_tokens_arrive_clean_behind_the_video_with_their_own_positions
     assert torch.equal(drop_reference(video, 24), video), "without a reference nothing to drop"
 
 
-@pytest.mark.parametrize("broken", range(5))
+@pytest.mark.parametrize("broken", range(6))
 def test_parts_that_do_not_fit_together_are_refused(broken):
-    *video, (tokens, places) = sequence()
-    parts = [*video, tokens, places]
+    video, [(level, count)], positions, (tokens, places) = sequence()
+    parts = [video, positions, tokens, places, level, count]
     part = parts[broken]
-    parts[broken] = part[..., :-1, :] if part.ndim > 2 else part[:, :-1]
+    parts[broken] = count - 1 if part is count else part[..., :-1, :] if part.ndim > 2 else part[1:]
+    video, positions, tokens, places, level, count = parts
     with pytest.raises(ValueError, match="expected"):
-        append_reference(*parts[:3], Reference(*parts[3:]))
+        append_reference(video, [(level, count)], positions, Reference(tokens, places))
 
 
 def test_dropping_from_too_short_an_output_is_refused():
@@ -223,9 +226,9 @@ def test_the_model_sees_one_sequence_and_only_the_video_comes_back():
     out = predict_velocity(model, video, sigma, positions[0], "prompt", ref, skip_blocks=(3,))
     assert torch.equal(out, video * 2)
     assert torch.equal(seen["tokens"][:, 24:], ref.tokens)
-    assert torch.equal(
-        seen["timesteps"], torch.cat([sigma[:, None].expand(2, 24), torch.zeros(2, 6)], dim=1)
-    )
+    (level, noisy), (zero, clean) = seen["timesteps"]
+    assert torch.equal(level, sigma) and torch.equal(zero, torch.zeros(2))
+    assert (noisy, clean) == (24, 6)
     assert torch.equal(seen["positions"][1, :, :24], positions[0]) and seen["skip_blocks"] == (3,)
     assert torch.equal(predict_velocity(model, video, sigma, positions, "prompt"), video * 2)
     assert seen["tokens"].shape == video.shape, "no reference: no token of it, not zeros"

@@ -428,7 +428,7 @@ def _():
 @case("reference.append_reference", A=3)
 def _():
     beside = reference.Reference(rand(B, R, C), rand(3, R, 2))
-    reference.append_reference(rand(B, L, C), rand(B, L), rand(B, 3, L, 2), beside)
+    reference.append_reference(rand(B, L, C), [(rand(B), L)], rand(B, 3, L, 2), beside)
 
 
 @case("reference.predict_velocity", A=3)
@@ -524,23 +524,52 @@ def _():
     model.AdaLN(D, rows=9)(rand(B, S), torch.float32)
 
 
+RUNS = [20, 20, 20, 20, 20, 40]  # tokens of each of U noise levels, S together
+
+
+def run_block(bias: torch.Tensor | None, count: int, runs: list[int] | None) -> None:
+    block, tables = model.Block(SMALL), rope.rotary_tables(positions(), D, nh)
+    levels = model.Levels(rand(B, count, 9, D), runs)
+    prompt = model.Levels(rand(B, 1, 2, D), None)
+    block(rand(B, S, D), rand(B, N, D), levels, prompt, tables, bias, rand(B, 1, 1, N), False)
+
+
 @case("model.Block.forward", U=U)
 def _():
-    block, tables = model.Block(SMALL), rope.rotary_tables(positions(), D, nh)
-    per_token, one = (rand(B, 1, S, S), rand(B, S, 9, D), None), (None, rand(1, 9, D), None)
-    distinct = rand(B, 1, 1, S), rand(U, 9, D), torch.randint(U, (B, S))
-    for bias, rows, index in (per_token, one, distinct):
-        levels, prompt = model.Levels(rows, index), model.Levels(rand(B, 1, 2, D), None)
-        block(rand(B, S, D), rand(B, N, D), levels, prompt, tables, bias, rand(B, 1, 1, N), False)
+    run_block(rand(B, 1, 1, S), U, RUNS)
+
+
+@case("model.Block.forward", U=1)
+def _():
+    run_block(None, 1, None)
+
+
+@case("model.Block.forward", U=S)
+def _():
+    run_block(rand(B, 1, S, S), S, None)
+
+
+@case("model.Levels.apply", U=U)
+def _():
+    levels = model.Levels(rand(B, U, 9, D), RUNS)
+    levels.apply(model.add_gated, [rand(B, S, D), rand(B, S, D)], [rand(B, U, D)])
+
+
+def run_model(timesteps: object, mask: torch.Tensor, grad: bool) -> None:
+    net = model.VideoTransformer(SMALL)
+    net.gradient_checkpointing = grad
+    with torch.set_grad_enabled(grad):
+        net(rand(B, S, C), timesteps, rand(B), positions(), rand(B, N, D), rand(B, N), mask)
 
 
 @case("model.VideoTransformer.forward", U=U)
 def _():
-    net, levels = model.VideoTransformer(SMALL), torch.arange(B * S).remainder(U).view(B, S) / U
-    for grad, mask in ((True, rand(B, 1, S)), (False, rand(B, S, S))):
-        net.gradient_checkpointing = grad
-        with torch.set_grad_enabled(grad):
-            net(rand(B, S, C), levels, rand(B), positions(), rand(B, N, D), rand(B, N), mask)
+    run_model([(rand(B), count) for count in RUNS], rand(B, 1, S), grad=True)
+
+
+@case("model.VideoTransformer.forward", U=S)
+def _():
+    run_model(rand(B, S), rand(B, S, S), grad=False)
 
 
 @case("model.ltx_sigmas", steps=9)

@@ -5,6 +5,7 @@ Hardware: CPU, a second. Run: python -m pytest tests/test_validate.py
 
 import json
 from argparse import Namespace
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -99,7 +100,7 @@ def test_a_row_of_the_sheet_is_a_reference_and_frames_of_its_own_video(monkeypat
     vae = nn.Linear(1, 1)
     vae.time_scale, vae.space_scale = 4, 8
     vae.encode = lambda picture: picture.mean(dim=(3, 4), keepdim=True)
-    vae.decode = lambda z: z.mean().expand(1, 3, 5, 8, 8)
+    vae.decode_tiles = lambda z: [z.mean().expand(1, 3, n, 8, 8) for n in (2, 3)]
     noises = []
 
     def denoise(model, *args, **options):
@@ -107,8 +108,8 @@ def test_a_row_of_the_sheet_is_a_reference_and_frames_of_its_own_video(monkeypat
         noises.append(noise)
         return torch.arange(2.0).view(2, 1, 1, 1, 1).expand(2, 4, 2, 1, 3)
     monkeypatch.setattr(validate, "denoise", denoise)
-    rows = validate.sample_clips(clips, [4, 9], {}, None, vae, "tass", "fp32")
+    rows = validate.sample_clips(clips, [4, 9], {}, None, vae, "tass", nullcontext())
     assert [len(row) for row in rows] == [6, 6]
     assert [[x.mean().item() for x in row] for row in rows] == [[0.0] * 6, [1.0] * 6]
-    validate.sample_clips(clips, [4, 9], {}, None, vae, "tass", "fp32")
+    validate.sample_clips(clips, [4, 9], {}, None, vae, "tass", nullcontext())
     assert torch.equal(*noises) and not torch.equal(*noises[0])

@@ -355,7 +355,7 @@ def draw_noise(x0: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, 
 def base_loss(model: VideoTransformer, context: Callable[..., Tensor], words: tuple[Tensor, ...],
               x0: Tensor, noise: Tensor, noisy: Tensor, sigma: Tensor, positions: Tensor) -> Tensor:
     """Plain flow matching on the video tokens; context(*words) -> (B, N, D)."""
-    timesteps = sigma[:, None].expand(-1, x0.shape[1])                              # (B, L)
+    timesteps = [(sigma, x0.shape[1])]  # one noise level for all tokens
     v = model(noisy, timesteps, sigma, positions, context(*words))                  # (B, L, C)
     return flow_matching_loss(v.float(), noise - x0)
 

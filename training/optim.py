@@ -25,7 +25,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from training.workers import full_tensor, like, put
+from training.workers import full_tensor, is_shard, like, put
 
 # Words in the names of LTX-2.3's matrices that are not between hidden layers.
 KEEP_FROM_MUON = ("patchify_proj", "proj_out", "adaln", "embed_tokens", "scale_shift_table",
@@ -119,14 +119,19 @@ def schedule(step: int, steps: int, warmup: int = 100, decay: float = 0.5, final
 
 
 class EMA:
-    """Exponential moving average of weights, which is what is shipped: steadier than the last."""
+    """Exponential moving average of weights, which is what is shipped: steadier than the last.
 
-    def __init__(self, named: dict[str, Tensor], decay: float = 0.998):
-        self.decay, self.shadow = decay, {k: v.detach().clone() for k, v in named.items()}
+    device: where it is kept, None: where the weights are, as shards are in any case.
+    """
+
+    def __init__(self, named: dict[str, Tensor], decay: float = 0.998, device: str | None = None):
+        self.decay = decay
+        self.shadow = {k: v.detach().to(v.device if is_shard(v) else device, copy=True)
+                       for k, v in named.items()}
 
     @torch.no_grad()
     def update(self, named: dict[str, Tensor], step: int) -> None:
         # a young average forgets its random start faster
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
         for k, v in named.items():
-            self.shadow[k].lerp_(v.detach(), weight)
+            self.shadow[k].lerp_(v.detach().to(self.shadow[k].device), weight)

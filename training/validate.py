@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -38,7 +39,6 @@ from rope import Layout
 from sample import denoise
 from training import plot
 from training.run import Run, check_finite
-from training.workers import autocast
 
 LOOKS = 4   # times that every clip is looked at, each with other noise
 SHOWN = 4   # clips on the sheet
@@ -101,20 +101,25 @@ def validation_loss(clips: ClipSource, size: int, compute: Callable, step: int) 
 
 
 def sample_clips(clips: ClipSource, indices: list[int], config: dict, model: VideoTransformer,
-                 vae: VideoVAE, placement: str, precision: str = "bf16") -> list[list[Tensor]]:
-    """A row of pictures (3, h, w) for each clip: its reference, then frames of the video made."""
+                 vae: VideoVAE, placement: str, precision: AbstractContextManager
+                 ) -> list[list[Tensor]]:
+    """A row of pictures (3, h, w) for each clip: its reference, then frames of the video made.
+
+    precision: of the computation, as in training.
+    """
     device = next(vae.parameters()).device.type
     defaults = {**INFERENCE, **config.get("inference", {})}
     generators = [seeded(13, i) for i in indices]
     batch = clips.batch(indices, generators)
     noise = torch.stack([torch.randn(batch.x0.shape[1:], generator=g) for g in generators])
     sigmas = ltx_sigmas(defaults["steps"], defaults["schedule_tokens"])
-    with torch.no_grad(), autocast(device, precision):
+    with torch.no_grad(), precision:
         tokens = encode_reference(vae.encode, batch.reference.to(device)).float()   # (B, R, C)
         scales = batch.frame_rate, vae.time_scale, vae.space_scale
         latent = denoise(model, noise.to(device), sigmas, batch.context.to(device),
                          clips.null_context[None].to(device), tokens,
                          Layout(*batch.grid, *scales, placement), guidance_from(defaults))
-        videos = [vae.decode(z[None])[0].float().cpu() for z in latent]             # (3, F, h, w)
+        videos = [torch.cat([run.float().cpu() for run in vae.decode_tiles(z[None])], dim=2)[0]
+                  for z in latent]                                                  # (3, F, h, w)
     return [[picture, *(video[:, t] for t in picks(video.shape[1]))]
             for picture, video in zip(batch.reference, videos, strict=True)]

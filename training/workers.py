@@ -22,7 +22,7 @@ ever.
     if world > 1 and can_shard(): shard(model, "cpu")
     count = all_reduce(torch.tensor([3.0]))
 
-Read next: training/run.py
+Read next: training/frozen.py
 """
 
 import os

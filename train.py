@@ -417,8 +417,7 @@ def train(args: argparse.Namespace) -> None:
     rank, world_size = start_workers()
     device = find_device(args.device)
     if world_size > 1 and device != find_device():
-        raise ValueError(f"expected --device auto with several processes, got {device}; leave it "
-                         "out")
+        raise ValueError(f"expected --device auto with several processes, got {device}; drop it")
     torch.set_flush_denormal(True)  # denormal numbers can slow a CPU tenfold
     args.precision = choose_precision(args.precision or begun_with(args.out).get("precision"),
                                       device)  # a run keeps its own

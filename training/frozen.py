@@ -114,7 +114,6 @@ def load_base(args: argparse.Namespace, device: str, sharded: bool) -> VideoTran
 # ------------------------------------------------------------ frozen blocks that come and go
 
 
-
 def frozen_of(block: nn.Module) -> dict[str, nn.Parameter]:
     """What the optimiser never sees, by name; a LoRA's inner ".base" left out of the name."""
     return {name.replace(".base.", "."): p for name, p in block.named_parameters()

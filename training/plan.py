@@ -70,6 +70,7 @@ class TrainingPlan:
     needs: dict[str, dict[str, int]]
     validation: dict[str, int]    # by option: the most that a look at the model takes
     copied: dict[str, int]        # by option: bytes that a step brings to the card
+    encoding: int                 # bytes: the VAE and a clip, before the training
 
 
 def count(module: nn.Module) -> int:
@@ -92,19 +93,22 @@ def walk_identity(vae: VideoVAE, bucket: Bucket) -> tuple[int, int]:
     cells = frames, bucket.height // vae.space_scale, bucket.width // vae.space_scale
     side, dtype = min(bucket.height // 2, bucket.width), next(vae.parameters()).dtype
     left, top = (bucket.width - side) // 2, (bucket.height - side) // 2
-
-    def walk() -> None:
-        latent = torch.empty(1, vae.latent_channels, *cells, dtype=dtype, device="meta",
-                             requires_grad=True)
-        face = vae.decode_frame(latent, bucket.frames // 2,
-                                (left, top, left + side, top + side), recompute=True)
-        face.sum().backward()
-
-    with FlopCounterMode(display=False) as counter:  # it keeps tensors alive, so apart
-        walk()
+    latent = torch.empty(1, vae.latent_channels, *cells, dtype=dtype, device="meta")
+    what = bucket.frames // 2, (left, top, left + side, top + side)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        vae.decode_frame(latent, *what)
     with LiveBytes() as live:
-        walk()
-    return counter.get_total_flops(), live.peak + live.workspace
+        vae.decode_frame(latent.requires_grad_(), *what, recompute=True).sum().backward()
+    # forward, forward again, and backward, where the frozen weights want no gradient
+    return 3 * counter.get_total_flops(), live.peak + live.workspace
+
+
+def walk_clip(vae: VideoVAE, bucket: Bucket) -> int:
+    """Bytes of the VAE and of what is alive at most while it encodes one clip; the allowance."""
+    video = torch.empty(1, 3, bucket.frames, *bucket[:2], device="meta")
+    with torch.no_grad(), LiveBytes() as live:
+        vae.encode(video)
+    return count(vae) + live.peak + live.workspace + RESERVE
 
 
 def step_flops(sizes: dict[str, int]) -> int:
@@ -118,7 +122,7 @@ def step_flops(sizes: dict[str, int]) -> int:
 
 def training_plan(config: dict, bucket: Bucket, args: argparse.Namespace,
                   dtype: torch.dtype = torch.bfloat16) -> TrainingPlan:
-    """All figures of one step. args: train.py's rank, w_id and placement; config: a checkpoint's.
+    """All figures of one step. args: train.py's rank and w_id; config: a checkpoint's.
 
     Raises KeyError for a config without transformer or VAE, ValueError for one that is not LTX-2.3.
     """
@@ -134,11 +138,11 @@ def training_plan(config: dict, bucket: Bucket, args: argparse.Namespace,
              "L": n - R, "R": R, "n": n, "U": 2, "r": args.rank,
              "N": config["transformer"].get("text_max_length", DEFAULT_TEXT_LENGTH),
              "A": c.num_layers * args.rank * per_rank}  # fmt: skip
-    terms, identity = compute(BYTES, sizes), (0, 0)
+    terms, face_flops = compute(BYTES, sizes), 0
     backward = terms.pop("a block's backward")
     if args.w_id > 0:
-        identity = walk_identity(vae, bucket)
-        terms["recogniser"] = count(net)
+        face_flops, alive = walk_identity(vae, bucket)
+        backward, terms["recogniser"] = max(backward, alive), count(net)
     rest = count(model.to(dtype)) - c.num_layers * plain
     flops, alive = walk_vae(vae, grid, dtype)
     denoise = compute({"": ALIVE["denoise"]}, sizes)[""]
@@ -153,12 +157,11 @@ def training_plan(config: dict, bucket: Bucket, args: argparse.Namespace,
         if "--offload" in option:  # two places; from a disk a third block is on its way
             blocks = (3 if "disk" in option else 2) * plain
         need = {"blocks": blocks, "rest": rest, "VAE": count(vae), **terms}
-        need["largest backward"] = max(backward, identity[1])
-        needs[option] = need | {"reserve": RESERVE}
-        base = sum(need.values()) - need["largest backward"] - need["inputs of all blocks"]
-        validation[option] = base + look + RESERVE
-    return TrainingPlan(sizes, step_flops(sizes) + flops["encode"] // 2 + identity[0], needs,
-                        validation, copied)
+        needs[option] = need = need | {"largest backward": backward, "reserve": RESERVE}
+        validation[option] = sum(need.values()) - backward - need["inputs of all blocks"] + look
+    vae_flops = flops["encode"] // 2 + face_flops
+    return TrainingPlan(sizes, step_flops(sizes) + vae_flops, needs, validation, copied,
+                        walk_clip(vae.float(), bucket))
 
 
 def show(args: argparse.Namespace) -> None:
@@ -180,10 +183,12 @@ def show(args: argparse.Namespace) -> None:
         print(f"{bucket}: " + " ".join(f"{letter}={n}" for letter, n in p.sizes.items()))
         print(f"a step {short(p.flops, 'FLOP')}; {args.steps} steps "
               f"{duration(args.steps * p.flops, args.tflops)}\n")
-        table(["train.py", *p.needs["no flag"], "sum", "a look", *(f"{card} GB" for card in CARDS)],
-              [row(p, option) for option in OPTIONS])
-    print("Notice: the weights decide. What is kept for the backward pass grows with the clip, and "
-          "a face that fills the picture takes twice the decoder's part.")
+        table(["train.py", *p.needs["no flag"], "sum", "a look", "copied in a step",
+               *(f"{card} GB" for card in CARDS)], [row(p, option) for option in OPTIONS])
+        print(f"before it each clip is encoded once, in float32: {short(p.encoding, 'B')}\n")
+    print("Notice: the weights decide. What is kept for the backward pass grows with the clip; a "
+          "face that fills the picture takes twice the decoder's part. The text model comes first, "
+          "and is gone then: python sample.py --plan.")
 
 
 def row(p: TrainingPlan, option: str) -> list[str]:
@@ -191,5 +196,6 @@ def row(p: TrainingPlan, option: str) -> list[str]:
     need = p.needs[option]
     total = sum(need.values())
     most = max(total, p.validation[option])
-    return [option, *(short(n, "B") for n in (*need.values(), total, p.validation[option])),
+    told = (*need.values(), total, p.validation[option], p.copied[option])
+    return [option, *(short(n, "B") for n in told),
             *("yes" if most <= card * GB else "no" for card in CARDS)]

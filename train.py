@@ -54,7 +54,7 @@ from common.cli import (
     command,
     find_device,
 )
-from common.seeds import seeded
+from common.seeds import Generators, drawn, seeded
 from losses import (
     IDENTITY_MAX_SIGMA,
     add_noise,
@@ -143,6 +143,9 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--augment-layout", type=float, default=1.0)
     add("--w-face", type=float, default=1.0, help="weight of the face-weighted loss, 0 = off")
     add("--w-id", type=float, default=0.1, help="weight of the identity loss, 0 = off")
+    add("--id-sigma", type=float, default=IDENTITY_MAX_SIGMA, help="noise level it counts up to")
+    # A public trainer's remedy against copying; the paper has none.
+    add("--noise-ref", type=float, default=0.0, help="on reference tokens, in deviations")
     # How it is run.
     add("--device", choices=DEVICES, default="auto", help="CUDA where it is, else cpu; or mps")
     add("--seed", type=int, default=0)
@@ -162,9 +165,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     args.full = toy if args.full is None else args.full
     usual = {"batch": 16 if toy else 1, "gradient_checkpointing": not toy,
              "optimizer": "muon" if toy and args.full else "adamw"}
-    for name, value in usual.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    vars(args).update({k: v for k, v in usual.items() if getattr(args, k) is None})
     return args
 
 
@@ -174,6 +175,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     ranges |= dict.fromkeys(("batch", "accumulate", "rank"), (1, 4096))
     ranges |= dict.fromkeys(("drop_ref", "drop_both", "drop_text", "final_lr"), (0, 1))
     ranges |= dict.fromkeys(("augment_color", "augment_pose", "augment_layout"), (0, 2))
+    ranges |= {"id_sigma": (0, 1), "noise_ref": (0, 10)}
     ranges |= dict.fromkeys(("w_face", "w_id", "minutes", "save_seconds", "seed"), (0, 2**63 - 1))
     check_ranges(args, ranges | dict.fromkeys(("frame_rate", "lr"), (1e-12, 1e6)))
     if args.optimizer == "muon" and not args.full:
@@ -218,29 +220,49 @@ class Draws(PerClip):
     sigma: Tensor         # (B,) noise level
     noise: Tensor         # (B, L, C)
     reference: Tensor     # (B, 3, h, w) augmented
+    noise_ref: Tensor     # (B, R, C) for its tokens; (B, 0, C) when they stay clean
     frame: Tensor         # (B,) which frame the identity loss looks at, -1 = none
 
 
-def draw(args: argparse.Namespace, batch: Batch, generators: list[Generator]) -> Draws:
+def generators_of(args: argparse.Namespace, step: int, places: list[int], device: str
+                  ) -> Generators:
+    """One for each clip, whoever computes it. A card renders the world's clips all at once, with
+    one generator for those of a process."""
+    if device == "cuda" and args.manifest is None:
+        # a call for each clip would keep the card waiting
+        return seeded(args.seed, step, places[0], device=device)
+    return [seeded(args.seed, step, place) for place in places]
+
+
+def draw(args: argparse.Namespace, batch: Batch, generators: Generators) -> Draws:
     """paper: noise on the video only, the reference augmented. LTX-2.3: the law of sigma."""
-    L, C = batch.x0.shape[1:]
-    u = torch.stack([torch.rand(4, generator=g) for g in generators])             # (B, 4)
-    normal = torch.stack([torch.randn((), generator=g) for g in generators])      # (B,)
+    (B, L, C), R = batch.x0.shape, batch.grid[1] * batch.grid[2]
+    strength = AugmentStrength(args.augment_color, args.augment_pose, args.augment_layout)
+
+    def each(g: Generator, clips: slice) -> tuple[Tensor, ...]:
+        pictures = batch.reference[clips]
+        b, device = len(pictures), g.device
+        u = torch.rand(b, 4, generator=g, device=device)
+        normal = torch.randn(b, generator=g, device=device)
+        noise = torch.randn(b, L, C, generator=g, device=device)
+        pictures = augment_reference(pictures, g, strength)
+        # last, so that without it everything else is drawn as ever
+        wrong = torch.randn(b, R if args.noise_ref else 0, C, generator=g, device=device)
+        return u, normal, noise, pictures, wrong
+    # clip by clip, or all at once on a card
+    u, normal, noise, pictures, wrong = drawn(generators, B, each)
     # One number u decides: the lowest shares drop both, then the reference; the highest the text.
     no_ref = u[:, 0] < args.drop_both + args.drop_ref                             # (B,) bool
     no_text = (u[:, 0] < args.drop_both) | (u[:, 0] > 1 - args.drop_text)
     sigma = training_sigmas(L, normal, u[:, 1], u[:, 2])                          # (B,)
-    noise = torch.stack([torch.randn(L, C, generator=g) for g in generators])     # (B, L, C)
-    strength = AugmentStrength(args.augment_color, args.augment_pose, args.augment_layout)
-    pictures = [augment_reference(picture[None], g, strength)
-                for picture, g in zip(batch.reference, generators, strict=True)]
     # our reading: identity is judged on one frame, where noise is low and a reference is there.
-    judged = (sigma <= IDENTITY_MAX_SIGMA) & ~no_ref & batch.reference_seen & batch.seen.any(dim=1)
-    frame = torch.full((len(batch),), -1)
-    for i in judged.nonzero()[:, 0].tolist() if args.w_id > 0 else ():
-        frames = batch.seen[i].nonzero()[:, 0]  # those with a known face
-        frame[i] = frames[int(u[i, 3] * len(frames))]
-    return Draws(~no_ref, ~no_text, sigma, noise, torch.cat(pictures), frame)
+    seen = batch.seen.to(sigma.device)                                            # (B, F)
+    judged = (sigma <= args.id_sigma) & ~no_ref & batch.reference_seen.to(sigma.device)
+    count = seen.sum(dim=1)  # of frames with a known face; one of them is drawn
+    nth = (u[:, 3] * count).long() + 1
+    frame = ((seen.cumsum(dim=1) == nth[:, None]) & seen).int().argmax(dim=1)     # (B,)
+    frame = torch.where(judged & (count > 0), frame, -1) if args.w_id > 0 else frame.fill_(-1)
+    return Draws(~no_ref, ~no_text, sigma, noise, pictures, wrong, frame)
 
 
 # ------------------------------------------------------------ the losses of a batch
@@ -295,6 +317,8 @@ def shown(args: argparse.Namespace, vae: VideoVAE, draws: Draws, layout: Layout,
     if everybody and not args.compile:
         return None, None
     tokens = encode_reference(vae.encode, draws.reference).float()                # (B, R, C)
+    if args.noise_ref:  # 0.15 or 0.3 with that trainer
+        tokens = tokens + args.noise_ref * tokens.std() * draws.noise_ref
     reference = Reference(tokens, layout.reference_positions().to(tokens.device))
     if not somebody and not args.compile:
         return reference, None
@@ -383,10 +407,10 @@ def held_out_losses(args: argparse.Namespace, compute: Callable) -> Callable:
     """(batch, generators) -> flow-matching and face losses (2,) with nothing dropped or augmented,
     and their counts."""
     off = ("drop_ref", "drop_both", "drop_text", "augment_color", "augment_pose", "augment_layout",
-           "w_id")
+           "w_id", "noise_ref")
     plain = argparse.Namespace(**vars(args) | dict.fromkeys(off, 0.0))
 
-    def look(batch: Batch, generators: list[Generator]) -> tuple[Tensor, Tensor]:
+    def look(batch: Batch, generators: Generators) -> tuple[Tensor, Tensor]:
         draws = draw(plain, batch, generators)
         return torch.stack(compute(batch, draws)[:2]).cpu(), applies(args, batch, draws)[:2]
     return look
@@ -442,7 +466,7 @@ def train(args: argparse.Namespace) -> None:
     def read(step: int) -> tuple[list[int], Batch, Draws]:
         everyone = order(step)
         mine = shard_indices(everyone, rank, world_size, args.batch)
-        generators = [seeded(args.seed, step, place) for place, _ in mine]
+        generators = generators_of(args, step, [place for place, _ in mine], device)
         batch = data.batch([i for _, i in mine], generators)
         check_batch(step, batch, data)
         return everyone, batch, draw(args, batch, generators)
@@ -477,7 +501,7 @@ def train(args: argparse.Namespace) -> None:
         elif (step + 1) % 100 == 0:  # a glance, long before the first validation
             draw_curves(run)
     ahead.shutdown(cancel_futures=True)
-    path = save_result(args, run, model)  # the EMA weights
+    path = save_result(args, run, model)
     if rank == 0:
         print(f"wrote {path} after {run.done} steps, {run.seconds / 60:.0f} min; "
               f"look at {args.out / 'sheet.png'}")

@@ -16,11 +16,28 @@ Read next: ltx/checkpoint.py
 """
 
 import random
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import Generator, Tensor
+
+Generators = Generator | Sequence[Generator]  # of a whole batch, or one for each of its clips
 
 
 def seeded(*numbers: int | str, device: str = "cpu") -> torch.Generator:
     """A generator that depends on all `numbers`, hashed: neighbours have nothing in common."""
     seed = random.Random(repr(numbers)).getrandbits(63)
     return torch.Generator(device=device).manual_seed(seed)
+
+
+def drawn(generators: Generators, count: int, draw: Callable[..., tuple[Tensor, ...]]
+          ) -> tuple[Tensor, ...]:
+    """What is random about `count` clips: draw(generator, clips) -> tensors with a row per clip.
+
+    clips: a slice. One generator for each clip makes it the same clip in whatever batch it comes,
+    and costs a call each; a single one draws all at once, as a GPU needs it.
+    """
+    if isinstance(generators, Generator):
+        return draw(generators, slice(0, count))
+    each = [draw(g, slice(k, k + 1)) for k, g in enumerate(generators)]
+    return tuple(torch.cat(part) for part in zip(*each, strict=True))

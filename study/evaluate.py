@@ -8,6 +8,7 @@ The idea. 0.86 of what? A score says something only beside others, so each score
 * `own reference`    what the checkpoint makes of the person's reference picture and the prompt
 * `swapped`          the next person's reference: the identity must follow the picture
 * `no reference`     no picture: the identity must be lost
+* `silent prompt`    the prompt names the action alone: what of place, light and shirt is copied?
 * `chance`           clips against other people's pictures and prompts, or 1 / number of choices
 
 Generated rows share noise and prompts. Fréchet distances are to true clips of as many people of the
@@ -33,6 +34,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -48,7 +50,7 @@ from clips.face import FaceNet, align, faces_of, load_facenet, usable_landmarks
 from clips.frames import Bucket, Crop, Frame, decode, decode_still, probe
 from clips.manifest import Faces, faces_for_clip, load_faces
 from clips.video import picks, save_sheet
-from common.cli import Parser, check_file, check_folder, check_ranges, command
+from common.cli import Parser, check_file, check_folder, check_ranges, command, warn
 from common.files import find_file, read_json, write_json
 from common.seeds import seeded
 from guidance import ORDERS
@@ -69,20 +71,24 @@ from sample import denoise
 from study import scores
 from study.results import COLUMNS, LEAKS, cell, number
 from toy import world
+from toy.clips import past_the_end
 from toy.head import HeadPoseEstimator, load_head
+from toy.traits import TraitReader, load_traits
 from training.run import load_state, save_state
 
 HERE = Path(__file__).resolve().parents[1]  # the repository
 # What makes clips: kept ones are of use as long as all of it stays as it is. Coarse on purpose: a
 # row made twice costs minutes, a stale one costs a wrong table.
 CODE = ("*.py", "ltx/*.py", "toy/*.py", "study/evaluate.py")
-ROWS = ("own reference", "swapped", "no reference")
+ROWS = ("own reference", "swapped", "no reference", "silent prompt")
 GUIDED = ("text_scale", "ref_scale", "rescale", "guide_range", "guide_every")
 BATCH = 16
 GB_PER_CLIP = 0.005  # estimated: ten copies of 9 frames of 64x64 pixels in float32 at a time
 VIDEOS = {".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi"}
 OWN_SCORES = ("similarity", "min_frame", "drift", "found", "flicker", "facesim", "skipped")
 CONSISID_FRAMES = 16
+FACE_COLUMNS = ("traits_top1", "eyes", "shape", "colors", "attributes",
+                "ref_scene", "ref_light", "ref_shirt")
 NOT_OFFLINE = (
     "Not computed, needs more than these files: whether a video follows its prompt (a captioner), "
     "whether boxes\nare right (a detector), a Fréchet distance (a reference set of {0} frames of "
@@ -112,10 +118,16 @@ def test_set(people: int, prompts: int, size: int, frames: int, split: str = "te
                 for i, (s, a) in enumerate(zip(setting, action, strict=True))]
     poses = world.action_poses(action, frames, g)
     parts = zip(who.split(BATCH), setting.split(BATCH), poses.split(BATCH), strict=True)
-    return {"who": who, "references": references, "alike": alike, "setting": setting,
-            "ref_setting": ref_setting[who], "action": action, "ref_pose": ref_pose[who],
-            "captions": captions,
+    return {"who": who, "person": person, "references": references, "alike": alike,
+            "setting": setting, "ref_setting": ref_setting[who], "action": action,
+            "ref_pose": ref_pose[who], "captions": captions,
             "true": torch.cat([world.render(person[w], s, p, size)[0] for w, s, p in parts])}
+
+
+def silent_captions(data: dict) -> list[str]:
+    """Prompts for the same actions that name neither place nor light nor shirt."""
+    return [world.caption(past_the_end()[:3], int(action), i % len(world.TEMPLATES))
+            for i, action in enumerate(data["action"])]
 
 
 def with_person(data: dict, shown: Tensor) -> dict:
@@ -131,7 +143,7 @@ def with_person(data: dict, shown: Tensor) -> dict:
 class Models:
     """What a checkpoint and a Gemma folder hold, loaded at once (the tiny model is small)."""
 
-    def __init__(self, checkpoint: Path, gemma_root: Path):
+    def __init__(self, checkpoint: Path, gemma_root: Path, device: str = "cpu"):
         metadata = read_metadata(checkpoint)
         self.config = metadata["config"]
         if "inference" not in self.config:
@@ -140,9 +152,15 @@ class Models:
                              "--videos for those of others")
         self.placement = metadata.get("reference_placement", "tass")
         self.numbers = read_inference(self.config, checkpoint)
-        self.transformer = load_transformer(checkpoint, dtype=torch.float32)
-        self.vae = VideoVAE.load(checkpoint, dtype=torch.float32)
-        self.text = TextEncoder.load(checkpoint, gemma_root, "cpu", torch.float32)
+        self.device = device
+        self.transformer = load_transformer(checkpoint, device, torch.float32)
+        self.vae = VideoVAE.load(checkpoint, device, torch.float32)
+        self.text = TextEncoder.load(checkpoint, gemma_root, device, torch.float32)
+
+
+def fast(device: str) -> AbstractContextManager:
+    """Quicker operations on a CPU; a card has its own."""
+    return FastCPU() if device == "cpu" else nullcontext()
 
 
 @torch.no_grad()
@@ -155,26 +173,28 @@ def generate(m: Models, captions: list[str], references: Tensor, args: argparse.
     steps = args.num_inference_steps or m.numbers["steps"]
     sigmas = ltx_sigmas(steps, m.numbers["schedule_tokens"])
     out = []
-    with FastCPU():
+    with fast(m.device):
         null = m.text.encode([""])
         for start in tqdm(range(0, len(captions), BATCH), desc=name, unit="batch"):
             part = captions[start:start + BATCH]
             noise = torch.randn(len(part), layout.F * layout.H * layout.W, m.vae.latent_channels,
-                                generator=seeded(args.seed, start))
-            with torch.autocast("cpu", torch.bfloat16, enabled=args.dtype == "bfloat16"):
-                tokens = encode_reference(m.vae.encode, references[start:start + BATCH]).float()
+                                generator=seeded(args.seed, start)).to(m.device)
+            pictures = references[start:start + BATCH].to(m.device)
+            with torch.autocast(m.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+                tokens = encode_reference(m.vae.encode, pictures).float()
                 tokens = None if name == "no reference" else tokens     # (16, R, C)
                 latent = denoise(m.transformer, noise, sigmas, m.text.encode(part), null, tokens,
                                  layout, guidance)
-                out.append(m.vae.decode(latent).float().clamp(-1, 1))   # (16, 3, F, h, w)
+                out.append(m.vae.decode(latent).float().clamp(-1, 1).cpu())  # (16, 3, F, h, w)
     return torch.cat(out)
 
 
 @torch.no_grad()
 def through_vae(m: Models, video: Tensor) -> Tensor:
     """Encoded and decoded again: (n, 3, F, h, w) -> (n, 3, F, h, w)."""
-    with FastCPU():
-        return torch.cat([m.vae.decode(m.vae.encode(part)) for part in video.split(BATCH)])
+    with fast(m.device):
+        return torch.cat([m.vae.decode(m.vae.encode(part.to(m.device))).cpu()
+                          for part in video.split(BATCH)])
 
 
 def settings_key(args: argparse.Namespace) -> str:
@@ -223,6 +243,15 @@ def score_row(video: Tensor, data: dict, nets: Networks, real: Tensor) -> dict:
             "per_clip": {k: [number(v) for v in values.tolist()] for k, values in each.items()}}
 
 
+def score_faces(video: Tensor, data: dict, reader: TraitReader) -> dict[str, tuple]:
+    """What can be read of the face, trait by trait, and what the clips show of the reference's
+    setting: name -> (value, half width or None)."""
+    each, whole = scores.face_scores(video, data, reader)
+    each |= scores.shows_reference(video, data)
+    return ({name: scores.summarise(values) for name, values in each.items()}
+            | {name: (number(value), None) for name, value in whole.items()})
+
+
 def chance_levels(people: int) -> dict[str, float]:
     """What guessing gets: one out of the choices."""
     choices = {"action": world.ACTIONS, "scene": world.SCENES, "light": world.LIGHTS,
@@ -252,15 +281,32 @@ def tables(rows: dict[str, dict], *groups: tuple[str, ...]) -> str:
     return "\n".join(lines[1:])
 
 
+def face_tables(rows: dict[str, dict]) -> str:
+    """Markdown of what `score_faces` found: a summary, and each trait with the three kinds apart.
+    Nothing for a record from before it."""
+    rows = {name: {"scores": row["faces"]} for name, row in rows.items() if "faces" in row}
+    if not rows:
+        return ""
+    lines = ["", "", tables(rows, FACE_COLUMNS), "", f"| trait | {' | '.join(rows)} |",
+             "|---" * (len(rows) + 1) + "|"]
+    for kind, names in (("colors", world.COLORS), ("attributes", world.ATTRIBUTES),
+                        ("shape", world.SHAPE)):
+        for name in (*names, kind):
+            title = f"**{kind}, mean**" if name == kind else name.replace("_", " ")
+            values = [cell(name, *row["scores"][name], digits=2) for row in rows.values()]
+            lines.append(f"| {title} | {' | '.join(values)} |")
+    return "\n".join(lines)
+
+
 def report(record: dict) -> str:
-    """What was scored, and its two tables, from a record as `score_world` writes it."""
+    """What was scored, and its tables, from a record as `score_world` writes it."""
     try:
         a, dB = record["arguments"], record["vae_psnr"]
         return (f"VAE {dB:.2f} dB on {int(a['people']) * int(a['prompts'])} unseen clips; "
                 f"{a['people']} people of {a['split']} x {a['prompts']} prompts, text scale "
                 f"{a['text_scale']}, reference scale {a['ref_scale']}, guidance in "
                 f"{a['guide_range']}, every {a['guide_every']}, {a['order']}, seed {a['seed']}\n\n"
-                + tables(record["rows"], *COLUMNS))
+                + tables(record["rows"], *COLUMNS) + face_tables(record["rows"]))
     except KeyError as missing:
         raise ValueError(f"expected a record of study.evaluate, got one without {missing}; "
                          "give an evaluate.json") from None
@@ -290,7 +336,7 @@ def make_rows(m: Models, data: dict, sides: dict[str, dict],
     make = {"through the VAE": partial(through_vae, m, data["true"])}
     for name, side in sides.items():
         references = data["references"][side["who"]]
-        make[name] = partial(generate, m, data["captions"], references, args, name)
+        make[name] = partial(generate, m, side["captions"], references, args, name)
     rows = {"true video": (world.to_uint8(data["true"]), 0.0)}
     return rows | {name: kept(folder / f"{name.replace(' ', '_')}.safetensors", work)
                    for name, work in make.items()}
@@ -312,7 +358,12 @@ def score_world(args: argparse.Namespace) -> None:
     check_numbers(args)
     check_folder(args.folder)
     check_file(output, ".json")
-    nets = load_facenet(args.eval_encoder), load_head(args.head)
+    nets, reader = (load_facenet(args.eval_encoder), load_head(args.head)), None
+    if args.traits.exists():
+        reader = load_traits(args.traits)
+    else:
+        warn(f"no trait reader at {args.traits}: no table of the face's traits; "
+             "`python -m toy.pretrain traits` makes one")
     m = Models(args.checkpoint_path, args.gemma_root)
     d = m.numbers
     for name in GUIDED:
@@ -322,13 +373,15 @@ def score_world(args: argparse.Namespace) -> None:
     data, train = (test_set(args.people, args.prompts, d["height"], d["num_frames"], split)
                    for split in (args.split, "train"))
     swapped = with_person(data, (data["who"] + 1) % args.people)
-    sides = {name: swapped if name == "swapped" else data for name in args.rows}
+    other = {"swapped": swapped, "silent prompt": data | {"captions": silent_captions(data)}}
+    sides = {name: other.get(name, data) for name in args.rows}
     clips = make_rows(m, data, sides, args)
     real = scores.embed_clips(nets[0], train["true"]).flatten(0, 1)     # (n * 5, E)
     rows = {}
     for name, (video, seconds) in tqdm(clips.items(), desc="scoring", unit="row"):
-        row = score_row(video / 127.5 - 1, sides.get(name, data), nets, real)
-        rows[name] = row | {"seconds": seconds}
+        row = score_row(video / 127.5 - 1, side := sides.get(name, data), nets, real)
+        faces = {"faces": score_faces(video / 127.5 - 1, side, reader)} if reader else {}
+        rows[name] = row | faces | {"seconds": seconds}
     own = args.rows[0]
     made, side = clips[own][0] / 127.5 - 1, sides[own]
     rows["chance"] = chance_row(made, side, nets, rows[own]["leaks_by_chance"])
@@ -473,7 +526,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     add, usual = p.add_argument, "default: the checkpoint's"
     for flag, name in (("--checkpoint-path", "model.safetensors"), ("--gemma-root", "gemma"),
                        ("--eval-encoder", "eval_encoder.safetensors"),
-                       ("--head", "head_pose.safetensors")):
+                       ("--head", "head_pose.safetensors"), ("--traits", "traits.safetensors")):
         add(flag, type=Path, default=HERE / "weights" / "tiny" / name)
     add("--split", choices=["test", "val"], default="test", help="choose on val, report on test")
     add("--people", type=int, default=256)

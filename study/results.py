@@ -32,7 +32,8 @@ LEAKS = ("leak_scene", "leak_light", "leak_shirt")
 COLUMNS = (("similarity", "top1", "look_alike", "found", "min_frame", "drift", "frechet"),
            (*FACTORS, *LEAKS, "pose", "position", "pixels", "flicker"))
 OVERVIEW = ("similarity", "top1", "look_alike", "action", "pose", "position", "pixels")
-SHARES = {"top1", "look_alike", "found", "prompt", *FACTORS, *LEAKS}  # printed in percent
+SHARES = {"top1", "look_alike", "found", "prompt", *FACTORS, *LEAKS, "traits_top1", "eyes",
+          "ref_scene", "ref_light", "ref_shirt"}  # printed in percent
 Records = dict[int, dict]  # seed -> record
 
 

@@ -40,9 +40,13 @@ from torch import Tensor
 from clips.face import FaceNet
 from toy import world
 from toy.head import MOVE, HeadPoseEstimator, read_action, read_heads
+from toy.traits import WEARS_GLASSES, TraitReader, read_traits
 
 SCORES = ("similarity", "top1", "look_alike", "found", "drift", "min_frame", "action", "scene",
           "light", "shirt", "leak_scene", "leak_light", "leak_shirt", "flicker")
+# The shape that faces are told apart by, as far as an early reader of this world saw it lost.
+EIGHT = ("face_width", "jaw", "eye_gap", "eye_size", "eye_tilt", "mouth_width", "lip_size",
+         "brow_angle")
 HAIR_REACH = 0.80  # hair ends nearer to the head's middle than this, in units of the pose's scale
 # Student's t, two-sided 95 %, for 1..29 degrees of freedom
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
@@ -253,6 +257,41 @@ def frechet(a: Tensor, b: Tensor) -> float:
     cross = torch.linalg.eigvalsh(root @ B @ root).clamp_min(0).sqrt().sum()  # eigenvalues of AB
     value = (a.mean(0) - b.mean(0)).square().sum() + A.trace() + B.trace() - 2 * cross
     return max(0.0, value.item())
+
+
+# ------------------------------------------------------------ the face, trait by trait
+
+
+@torch.no_grad()
+def face_scores(video: Tensor, data: dict[str, Tensor], reader: TraitReader
+                ) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """What the trait reader sees in clips (n, 3, F, 64, 64): scores of each clip, and of the set.
+
+    Of each clip, (n,): traits_top1, 1 if among all people of `person` (P, 22) the clip's own is the
+    nearest to what is read, each trait in its reader's error; eyes, share of frames whose two eyes
+    are there and alike. Of the set: the correlation of each trait, read as a mean over frames, with
+    the truth, and the means of the three kinds; glasses' colour counts where glasses are worn.
+    """
+    read, eyes = read_traits(reader, video)                             # (n, F, 22), (n, F)
+    read, person, who = read.mean(dim=1), data["person"], data["who"]
+    far = ((read[:, None] - person) / reader.error).square().sum(dim=2)             # (n, P)
+    each = {"traits_top1": (far.argmin(dim=1) == who).float(), "eyes": eyes.float().mean(dim=1)}
+    truth, whole = person[who], {}
+    worn = truth[:, world.TRAITS.index("glasses")] > WEARS_GLASSES
+    for i, name in enumerate(world.TRAITS):
+        shown = worn if name == "glasses_color" else torch.ones_like(worn)
+        whole[name] = correlation(read[shown, i], truth[shown, i])
+    for kind, names in (("colors", world.COLORS), ("attributes", world.ATTRIBUTES),
+                        ("shape", world.SHAPE), ("eight", EIGHT)):
+        whole[kind] = sum(whole[name] for name in names) / len(names)
+    return each, whole
+
+
+def shows_reference(video: Tensor, data: dict[str, Tensor]) -> dict[str, Tensor]:
+    """1 where a clip shows the reference's place, light or shirt, whatever the prompt says; each
+    (n,). Chance: one out of the choices."""
+    same = (read_setting(video) == data["ref_setting"]).float()         # (n, 3)
+    return dict(zip(("ref_scene", "ref_light", "ref_shirt"), same.T, strict=True))
 
 
 # ------------------------------------------------------------ intervals

@@ -29,7 +29,7 @@ import sample
 import train
 from augment import AugmentStrength
 from bench.clip_world import write_clips
-from clips.dataset import Order, open_manifest
+from clips.dataset import Batch, Order, open_manifest
 from clips.face import FaceNet
 from common.seeds import seeded
 from ltx.checkpoint import load_weights, open_file, read_metadata, write_file
@@ -589,3 +589,28 @@ def test_a_run_its_lora_and_its_lora_in_diffusers_agree(bench, trained, loader):
         f"moved by {moved:.1e}, ours and diffusers' {found:.1e}, of the run's own change {kept:.1e}"
     )
     assert moved > 100 * found and moved > 1e-3 and found < 1e-5 and kept < 1e-2
+
+
+def test_noise_on_reference_tokens_and_the_reach_of_the_identity_loss_follow_their_flags():
+    """What the flags do not touch is drawn as without them."""
+    n = 64
+    batch = Batch(index=list(range(n)), grid=(2, 2, 2), frame_rate=8.0, x0=torch.zeros(n, 8, 4),
+                  context=torch.zeros(n, 1, 1), face=torch.ones(n, 8), boxes=torch.zeros(n, 5, 4),
+                  landmarks=torch.zeros(n, 5, 5, 2), seen=torch.tensor([[0, 1, 0, 1, 1]] * n) > 0,
+                  reference=torch.rand(n, 3, 16, 16), reference_box=torch.zeros(n, 4),
+                  reference_landmarks=torch.zeros(n, 5, 2),
+                  reference_seen=torch.ones(n, dtype=torch.bool))
+
+    def drawn(*words):
+        args = train.parse_arguments(["--drop-ref", "0", "--drop-both", "0", *words])
+        return train.draw(args, batch, [seeded(1, k) for k in range(n)])
+    plain, noisy, far = drawn(), drawn("--noise-ref", "0.3"), drawn("--id-sigma", "0.9")
+    assert plain.noise_ref.shape == (n, 0, 4) and noisy.noise_ref.shape == (n, 4, 4)
+    assert 0.9 < noisy.noise_ref.std() < 1.1
+    for name in ("sigma", "noise", "reference", "frame"):
+        assert torch.equal(getattr(plain, name), getattr(noisy, name)), name
+    assert torch.equal(plain.frame >= 0, plain.sigma <= 0.5)
+    assert torch.equal(far.frame >= 0, far.sigma <= 0.9)
+    assert set(far.frame.tolist()) == {-1, 1, 3, 4}, "frames with a known face, each at times"
+    at_once = train.draw(train.parse_arguments([]), batch, seeded(1))
+    assert at_once.noise.shape == plain.noise.shape and 0.9 < at_once.noise.std() < 1.1

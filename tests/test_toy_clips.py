@@ -40,7 +40,7 @@ def kept(rows: dict) -> clips.KeptClips:
     count = len(rows["person"])
     numbers = np.arange(count, dtype=np.float32)[:, None]
     made = clips.KeptClips(rows, numbers[:, :, None], numbers, np.tile(numbers[:, None], (1, 9, 4)))
-    made.encode_captions(FakeText(), quiet=True)
+    made.use_text(FakeText())
     return made
 
 
@@ -65,19 +65,25 @@ def test_the_caption_of_a_row_names_what_it_shows_and_stands_at_its_number():
     rows = clips.clip_rows("test", 0, 20)
     captions, known = clips.captions_of(rows), world.all_captions()
     assert captions[-1] == "" and len(captions) == 21
-    numbers = clips.caption_number(rows["setting"], rows["action"], rows["template"])
+    numbers = clips.caption_number(rows["told"], rows["template"])
     assert [known[n] for n in numbers] == captions[:-1]
+    many = clips.clip_rows("train", 0, 400)
+    whole = torch.cat([many["setting"], many["action"][:, None]], dim=1)
+    said = many["told"] == whole
+    assert (many["told"][~said] == clips.past_the_end().expand_as(whole)[~said]).all()
+    assert (0.75 < said.float().mean(dim=0)).all() and (said.float().mean(dim=0) < 0.85).all()
 
 
 def test_a_batch_has_the_caption_of_each_clip_and_another_picture_of_its_person():
     rows = {key: value[[0, 1, 0]] for key, value in clips.clip_rows("val", 4, 2).items()}
     data, captions = kept(rows), clips.captions_of(rows)
-    assert data.contexts.shape[0] == 3, "each distinct caption once, and the null prompt"
-    assert data.null_context.item() == 0
+    assert len(data.kept) == 1 and data.null_context.item() == 0
     batch = data.batch([2, 1], [seeded(1), seeded(2)])
     assert batch.index == [2, 1] and batch.x0.flatten().tolist() == [2, 1]
     assert batch.face.flatten().tolist() == [2, 1] and batch.boxes[:, 0, 0].tolist() == [2, 1]
     assert batch.context.flatten().tolist() == [len(captions[2]), len(captions[1])]
+    data.batch([0, 2], [seeded(1), seeded(2)])
+    assert len(data.kept) == 3, "each distinct caption once, and the null prompt"
     for k, i in enumerate(batch.index):
         expected, box = world.draw_references(rows["person"][[i]], rows["setting"][[i]],
                                               seeded(k + 1), SIZE)
@@ -96,9 +102,17 @@ def test_a_fresh_clip_depends_on_its_own_generator_alone_and_carries_its_caption
     assert 1e-4 < (alone["x0"] - exact).abs().mean() < 0.03, "bf16 unless float32 is asked for"
     assert together["x0"].shape[:2] == together["face"].shape == (3, prod(GRID))
     assert len({tuple(person.tolist()) for person in together["person"]}) == 3
-    for number, (scene, light, shirt) in zip(together["caption"], together["setting"], strict=True):
-        for name in (world.SCENE_NAMES[scene], world.LIGHT_NAMES[light], world.SHIRT_NAMES[shirt]):
-            assert name in data.captions[number]
+    seen = 0
+    for number, setting in zip(together["caption"], together["setting"], strict=True):
+        shirts = [f"{name} shirt" for name in world.SHIRTS]
+        for table, index in zip((world.SCENES, world.LIGHTS, shirts), setting, strict=True):
+            said = [name for name in table if name in data.captions[number]]
+            assert said in ([], [list(table)[index]]), "nothing else than what is shown"
+            seen += len(said)
+    assert seen > 4
+    at_once = data.clips([0, 1, 2], seeded(3))
+    assert {k: v.shape for k, v in at_once.items()} == {k: v.shape for k, v in together.items()}
+    assert len({tuple(person.tolist()) for person in at_once["person"]}) == 3
 
 
 def test_a_cpu_that_has_kept_no_clips_renders_them_and_says_so(vae, tmp_path, monkeypatch, capsys):

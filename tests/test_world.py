@@ -36,16 +36,33 @@ def test_look_alikes_share_skin_and_hair_and_nothing_else():
     assert torch.equal(person[:, :shared], other[:, :shared])
     assert (person[:, shared:] != other[:, shared:]).all()
     assert world.TRAITS[:shared] == ["skin", "skin_hue", "hair_style", "hair_color"]
+    kinds = world.COLORS + world.ATTRIBUTES + world.SHAPE
+    assert sorted(kinds) == sorted(world.TRAITS) and len(world.SHAPE) == 13
 
 
 def test_captions_name_setting_and_action_but_never_the_person():
     captions = world.all_captions()
-    assert len(captions) == len(set(captions)) == 6 * 5 * 6 * 8 * 4
+    assert len(captions) == 7 * 6 * 7 * 9 * 4
+    tables = [f"{shirt} shirt" for shirt in world.SHIRTS], world.SCENES, world.LIGHTS, world.ACTIONS
+    whole = [text for text in captions if all(any(w in text for w in table) for table in tables)]
+    assert len(set(whole)) == 6 * 5 * 6 * 8 * 4, "the same words in another order are another text"
     words = {word.strip(",") for text in captions for word in text.split()}
     assert not words & {"hair", "glasses", "beard", "bald", "skin", "eyes", "he", "she", "man"}
     assert {word for phrase in world.phrases() for word in phrase.split()} == words
     told = world.caption(torch.tensor([4, 3, 1]), 2)
     assert told == "a person in a blue shirt nods in the snow, in dim light"
+
+
+def test_a_caption_leaves_out_what_is_past_the_end_of_its_table():
+    """By hand: nothing dangles, no comma and no preposition."""
+    expected = {(6, 3, 1, 2, 0): "a person in a blue shirt nods, in dim light",
+                (4, 5, 6, 2, 0): "a person nods in the snow",
+                (6, 3, 6, 8, 1): "in dim light, a person",
+                (4, 3, 6, 2, 2): "a person nods in the snow, in dim light",
+                (4, 5, 1, 8, 2): "a person in the snow, wearing a blue shirt",
+                (6, 5, 6, 8, 3): "someone", (6, 5, 1, 2, 3): "someone in a blue shirt nods"}
+    for (scene, light, shirt, action, template), text in expected.items():
+        assert world.caption(torch.tensor([scene, light, shirt]), action, template) == text
 
 
 # ------------------------------------------------------------ pictures

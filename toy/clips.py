@@ -10,10 +10,13 @@ The failure this prevents: a toy with a data path of its own. What works on it w
 the path that real clips take.
 
 our reading: all of it; ST-DRC (arXiv 2606.02441) trains on real videos. As in world.py the
-reference shows the person at another moment, in half of the cases in another setting.
+reference shows the person at another moment, in half of the cases in another setting. A caption
+leaves out place, light, shirt or action now and then: the reference is then the only picture of it,
+and what the clip shows instead must not come from there.
 
-Conventions. Rows: person (B, T) traits, setting (B, 3), action (B,), template (B,) of the caption.
-Boxes in pixels. Landmarks are not drawn, so they are NaN; a face is seen in every frame.
+Conventions. Rows: person (B, T) traits, setting (B, 3), action (B,), told (B, 4) what the caption
+says of both (world.caption), template (B,) of the caption. Boxes in pixels. Landmarks are not
+drawn, so they are NaN; a face is seen in every frame.
 
     train, validation = open_world(checkpoint, gemma_root, vae, "cpu", "fp32")
     batch = train.batch([0, 1], [seeded(0, step, place) for place in range(2)])
@@ -24,16 +27,15 @@ Read next: toy/vocabulary.py
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Generator, Tensor
-from tqdm import tqdm
 
 from clips.dataset import Batch, ClipSource, open_manifest
-from common.seeds import seeded
+from common.seeds import Generators, drawn, seeded
 from losses import pool_face_mask
 from ltx.text import TextEncoder
 from ltx.vae import VideoVAE
@@ -42,12 +44,26 @@ from toy import world
 from toy.config import CLIPS, DATA, FRAME_RATE, FRAMES, GRID, SIZE
 from training.workers import autocast, wait
 
+UNSAID = 0.2  # share of captions that leave out the place; of the others, the light, and so on
+
 # ------------------------------------------------------------ rows and pictures
+
+
+def draw_told(setting: Tensor, action: Tensor, generator: Generator) -> Tensor:
+    """What captions tell of settings (B, 3) and actions (B,): (B, 4), UNSAID of it left out."""
+    whole = torch.cat([setting, action[:, None]], dim=1)                   # (B, 4)
+    left_out = torch.rand(whole.shape, generator=generator, device=generator.device) < UNSAID
+    return torch.where(left_out.to(whole.device), past_the_end(whole.device), whole)
+
+
+def past_the_end(device: torch.device | str = "cpu") -> Tensor:
+    """The numbers that say nothing of place, light, shirt and action, (4,)."""
+    return torch.tensor([len(table) for table in world.TABLES.values()], device=device)
 
 
 def clip_rows(split: str, start: int, count: int) -> dict[str, Tensor]:
     """Who does what where, for clips start..start+count of a split. A pure function."""
-    out = {k: [] for k in ("person", "setting", "action", "template")}
+    out = {k: [] for k in ("person", "setting", "action", "template", "told")}
     everyone = world.people(split, start + count)
     for i in range(start, start + count):
         g = seeded(world.SPLIT_SEEDS[split], i)
@@ -55,40 +71,38 @@ def clip_rows(split: str, start: int, count: int) -> dict[str, Tensor]:
         out["setting"].append(world.draw_settings(1, g)[0])
         out["action"].append(world.draw_actions(1, g)[0])
         out["template"].append(torch.randint(len(world.TEMPLATES), (), generator=g))
+        out["told"].append(draw_told(out["setting"][-1][None], out["action"][-1][None], g)[0])
     return {k: torch.stack(v) for k, v in out.items()}
 
 
 def captions_of(rows: dict[str, Tensor]) -> list[str]:
     """The caption of each row, and the null prompt."""
-    each = zip(rows["setting"], rows["action"], rows["template"], strict=True)
-    return [*(world.caption(s, int(a), int(t)) for s, a, t in each), ""]
+    each = zip(rows["told"], rows["template"], strict=True)
+    return [*(world.caption(told[:3], int(told[3]), int(t)) for told, t in each), ""]
 
 
-def caption_number(setting: Tensor, action: Tensor, template: Tensor) -> Tensor:
+def caption_number(told: Tensor, template: Tensor) -> Tensor:
     """Where the captions of these rows stand in `world.all_captions()`, (B,): digits of a number
     of mixed base, the scene first."""
-    scene, light, shirt = setting.T
-    number = scene
-    for digit, base in ((light, world.LIGHTS), (shirt, world.SHIRTS), (action, world.ACTIONS),
-                        (template, world.TEMPLATES)):
-        number = number * len(base) + digit
-    return number
+    number = torch.zeros_like(template)
+    for digit, base in zip(told.T, past_the_end() + 1, strict=True):
+        number = number * int(base) + digit
+    return number * len(world.TEMPLATES) + template
 
 
-def render_clips(rows: dict[str, Tensor], generators: Generator | Sequence[Generator],
-                 device: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def render_clips(rows: dict[str, Tensor], generators: Generators,
+                 device: str | None = None, paint: Callable = world.render
+                 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rows -> video (B, 3, F, 64, 64) in [-1, 1], boxes (B, F, 4), face mask of tokens (B, L).
 
-    generators: of the motion; one for all clips, or one for each. device: None = that of the rows.
+    generators: of the motion; one for all clips, or one for each. device: None = that of the rows;
+    paint: world.render, or the same compiled.
     """
     device = device or rows["person"].device
-    if isinstance(generators, Generator):
-        poses = world.action_poses(rows["action"], FRAMES, generators)     # (B, F, 6)
-    else:
-        poses = torch.cat([world.action_poses(action[None], FRAMES, g)
-                           for action, g in zip(rows["action"], generators, strict=True)])
+    poses, = drawn(generators, len(rows["action"]), lambda g, i: (
+        world.action_poses(rows["action"][i], FRAMES, g),))                # (B, F, 6)
     person, setting = rows["person"].to(device), rows["setting"].to(device)
-    video, boxes, mask = world.render(person, setting, poses.to(device), SIZE)
+    video, boxes, mask = paint(person, setting, poses.to(device), SIZE)
     return video, boxes, pool_face_mask(mask, 4, 8)
 
 
@@ -104,39 +118,44 @@ def encode(vae: VideoVAE, video: Tensor, precision: str = "bf16") -> Tensor:
 
 
 class WorldClips:
-    """What both ways share: captions, references, the batch. `encode_captions` comes first.
+    """What both ways share: captions, references, the batch. `use_text` comes first.
 
     captions: those that may occur, the null prompt last; count: how many clips an epoch has.
     """
 
     def __init__(self, captions: list[str], count: int):
         self.captions, self.groups = captions, [range(count)]
+        self.kept: dict[str, Tensor] = {}  # caption -> its context (N, D)
+        self.paint = world.render
+
+    def use_text(self, text: TextEncoder) -> None:
+        self.text = text
+        self.null_context = self.contexts([len(self.captions) - 1])[0]     # (N, D)
 
     @torch.no_grad()
-    def encode_captions(self, text: TextEncoder, quiet: bool = False) -> None:
-        """The text encoder is frozen: each distinct caption is encoded once."""
-        distinct = list(dict.fromkeys(self.captions))
-        blocks = tqdm(range(0, len(distinct), 128), desc="captions", disable=quiet)
-        self.contexts = torch.cat(                                         # (U, N, D)
-            [text.encode(distinct[a : a + 128]).bfloat16().cpu() for a in blocks])
-        place = {caption: row for row, caption in enumerate(distinct)}
-        self.context_row = torch.tensor([place[caption] for caption in self.captions])
-        self.null_context = self.contexts[self.context_row[-1]].float()    # (N, D)
+    def contexts(self, rows: Sequence[int]) -> Tensor:
+        """Of these captions, (B, N, D) on the CPU. The text encoder is frozen: each caption is
+        encoded once, when it is first needed."""
+        wanted = [self.captions[row] for row in rows]
+        new = [caption for caption in dict.fromkeys(wanted) if caption not in self.kept]
+        if new:
+            self.kept |= dict(zip(new, self.text.encode(new).bfloat16().cpu(), strict=True))
+        return torch.stack([self.kept[caption] for caption in wanted]).float()
 
-    def clips(self, indices: list[int], generators: Sequence[Generator]) -> dict[str, Tensor]:
+    def clips(self, indices: list[int], generators: Generators) -> dict[str, Tensor]:
         """x0 (B, L, C), face (B, L), boxes (B, F, 4), person (B, T), setting (B, 3), and caption
         (B,), its place in `captions`."""
         raise NotImplementedError
 
-    def batch(self, indices: list[int], generators: Sequence[Generator]) -> Batch:
+    def batch(self, indices: list[int], generators: Generators) -> Batch:
         """The clips, each with a picture of its person at another moment."""
         clips = self.clips(indices, generators)
-        drawn = [world.draw_references(person[None], setting[None], g, SIZE) for person, setting, g
-                 in zip(clips["person"], clips["setting"], generators, strict=True)]
-        pictures, boxes = (torch.cat(part) for part in zip(*drawn, strict=True))
+        person, setting = clips["person"], clips["setting"]
+        pictures, boxes = drawn(generators, len(person), lambda g, i: world.draw_references(
+            person[i], setting[i], g, SIZE, paint=self.paint))
         B, F = clips["boxes"].shape[:2]
         return Batch(index=list(indices), grid=GRID, frame_rate=FRAME_RATE, x0=clips["x0"],
-                     context=self.contexts[self.context_row[clips["caption"]]].float(),
+                     context=self.contexts(clips["caption"].tolist()),
                      face=clips["face"], boxes=clips["boxes"],
                      landmarks=torch.full((B, F, 5, 2), torch.nan),
                      seen=torch.ones(B, F, dtype=torch.bool), reference=pictures,
@@ -158,7 +177,7 @@ class KeptClips(WorldClips):
         super().__init__(captions_of(rows), len(latents))
         self.rows, self.latents, self.faces, self.boxes = rows, latents, faces, boxes
 
-    def clips(self, indices: list[int], generators: Sequence[Generator]) -> dict[str, Tensor]:
+    def clips(self, indices: list[int], generators: Generators) -> dict[str, Tensor]:
         i, rows = np.array(indices), torch.tensor(indices)
         return {"caption": rows, "x0": torch.from_numpy(self.latents[i]).float(),
                 "face": torch.from_numpy(self.faces[i]).float(),
@@ -172,19 +191,23 @@ class FreshClips(WorldClips):
     def __init__(self, vae: VideoVAE, precision: str = "bf16"):
         super().__init__([*world.all_captions(), ""], CLIPS)
         self.vae, self.precision = vae, precision
+        if next(vae.parameters()).is_cuda:  # thousands of tiny operations become a few
+            self.paint = torch.compile(world.render, dynamic=False)
 
-    def clips(self, indices: list[int], generators: Sequence[Generator]) -> dict[str, Tensor]:
-        def each(draw) -> Tensor:
-            return torch.cat([draw(g) for g in generators])
-        rows = {"person": each(lambda g: torch.rand(1, len(world.TRAITS), generator=g)),
-                "setting": each(lambda g: world.draw_settings(1, g)),
-                "action": each(lambda g: world.draw_actions(1, g))}
-        template = each(lambda g: torch.randint(len(world.TEMPLATES), (1,), generator=g))
+    def clips(self, indices: list[int], generators: Generators) -> dict[str, Tensor]:
+        def draw(g: Generator, i: slice) -> tuple[Tensor, ...]:
+            count = len(range(*i.indices(len(indices))))
+            person = torch.rand(count, len(world.TRAITS), generator=g, device=g.device)
+            setting, action = world.draw_settings(count, g), world.draw_actions(count, g)
+            template = torch.randint(len(world.TEMPLATES), (count,), generator=g, device=g.device)
+            return person, setting, action, template, draw_told(setting, action, g)
+        person, setting, action, template, told = drawn(generators, len(indices), draw)
         device = next(self.vae.parameters()).device.type
-        video, boxes, face = render_clips(rows, generators, device)
-        return {"caption": caption_number(rows["setting"], rows["action"], template),
-                "x0": encode(self.vae, video, self.precision), "face": face, "boxes": boxes,
-                "person": rows["person"], "setting": rows["setting"]}
+        rows = {"person": person, "setting": setting, "action": action}
+        video, boxes, face = render_clips(rows, generators, device, self.paint)
+        x0 = encode(self.vae, video, self.precision)
+        return {"caption": caption_number(told, template), "x0": x0, "face": face, "boxes": boxes,
+                "person": person, "setting": setting}
 
     def fingerprint(self) -> str:
         return f"{super().fingerprint()}, fresh"
@@ -223,7 +246,7 @@ def validation_world(vae: VideoVAE, count: int, device: str, precision: str = "b
 
 def open_world(checkpoint: Path, gemma_root: Path, vae: VideoVAE, device: str, precision: str,
                quiet: bool = False) -> tuple[WorldClips, WorldClips]:
-    """(clips to train on, 16 of other people to look at), with the contexts of their captions."""
+    """(clips to train on, 16 of other people to look at), each with its text encoder."""
     if device == "cpu" and (DATA / "train" / "latents.npy").exists():
         clips = cached_world(vae)
     else:
@@ -234,7 +257,7 @@ def open_world(checkpoint: Path, gemma_root: Path, vae: VideoVAE, device: str, p
     text = TextEncoder.load(checkpoint, gemma_root, device, torch.float32).eval()
     both = clips, validation_world(vae, 16, device, precision)
     for part in both:
-        part.encode_captions(text, quiet)
+        part.use_text(text)
     return both
 
 

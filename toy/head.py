@@ -18,7 +18,7 @@ Conventions. Frames (B, 3, 64, 64) in [-1, 1]; poses x, y, scale, yaw, pitch, mo
     found, poses = read_heads(head, video)                         # (n, F) bool, (n, F, 6)
     python -m toy.pretrain head_pose                               # makes another
 
-Read next: study/scores.py
+Read next: toy/traits.py
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ It is *not* the paper: the paper's recipe (train.py) starts from what they have 
     eval_encoder  a second one, which only evaluates
     export        what train.py and the stages have made -> weights/tiny
     head_pose     the head-pose estimator, which only evaluates                  (toy/head.py)
+    traits        the trait reader, which only evaluates                       (toy/traits.py)
 
 The failure this prevents: weights that nobody can make again. Every stage resumes: the same command
 goes on. our reading: all sizes, lengths and rates; arXiv 2606.02441 starts from the real LTX-2.3.
@@ -87,6 +88,7 @@ from toy.config import (
 )
 from toy.head import head_stage
 from toy.recognisers import recogniser_stage
+from toy.traits import traits_stage
 from toy.vocabulary import train_bpe
 from toy.world import box_mask
 from training.optim import EMA, KEEP_FROM_MUON, MuonAdamW, schedule, split_parameters
@@ -368,11 +370,10 @@ def learning_text(text: TextEncoder, data: WorldClips) -> tuple[Callable, Callab
 
 def kept_text(text: TextEncoder, data: WorldClips) -> tuple[Callable, Callable]:
     """The same for a text encoder that does not learn: it is asked once about each caption."""
-    data.encode_captions(text)
+    data.use_text(text)
 
     def words(rows: Tensor) -> tuple[Tensor]:
-        context = data.contexts[data.context_row[rows.cpu()]]                       # (B, N, D)
-        return (context.float().to(rows.device),)
+        return (data.contexts(rows.tolist()).to(rows.device),)                      # (B, N, D)
     return lambda context: context, words
 
 
@@ -497,7 +498,8 @@ STAGES = {  # stage -> what it runs, default steps, default batch
     "render": (lambda args, device: render_stage(args), 0, 0), "vae": (vae_stage, 9600, 8),
     "encode": (encode_stage, 0, 0), "base": (base_stage, 4000, 8),
     "face": (recogniser_stage, 600, 64), "eval_encoder": (recogniser_stage, 450, 64),
-    "export": (export_stage, 0, 0), "head_pose": (head_stage, 1600, 64)}
+    "export": (export_stage, 0, 0), "head_pose": (head_stage, 1600, 64),
+    "traits": (traits_stage, 1150, 64)}
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:

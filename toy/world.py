@@ -23,6 +23,7 @@ Read next: toy/clips.py
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -32,6 +33,11 @@ TRAITS = ("skin skin_hue hair_style hair_color face_width jaw eye_size eye_gap e
           "brow_angle brow_height nose_width nose_length mouth_width lip_size lip_color beard "
           "glasses glasses_color eye_tilt face_height").split()
 LOOK_ALIKE_TRAITS = 4  # a look-alike shares the first four: skin and hair
+# Three kinds. Colours are easy to carry over, attributes are there or not, shape is what real face
+# recognition lives on: lengths and angles of a pixel or two.
+COLORS = ("skin", "skin_hue", "hair_color", "eye_color", "lip_color", "glasses_color")
+ATTRIBUTES = ("hair_style", "beard", "glasses")
+SHAPE = tuple(name for name in TRAITS if name not in COLORS + ATTRIBUTES)
 
 SKIN = [(0.97, 0.82, 0.71), (0.90, 0.70, 0.55), (0.78, 0.56, 0.40), (0.60, 0.40, 0.27),
         (0.42, 0.27, 0.18)]
@@ -59,10 +65,11 @@ BACKGROUNDS = [
     ((0.66, 0.20, 0.20), (0.40, 0.12, 0.14), 0.55, (0.92, 0.72, 0.34), -0.90, -0.60, 0.26),
     ((0.80, 0.87, 0.94), (0.97, 0.98, 1.00), 0.30, (0.20, 0.38, 0.34), 0.98, 0.05, 0.44),
     ((0.08, 0.09, 0.26), (0.16, 0.15, 0.20), 0.45, (0.95, 0.93, 0.78), -0.78, -0.76, 0.18)]
-TEMPLATES = ["a person in a {shirt} shirt {action} {scene}, {light}",
-             "{scene} {light}, a person wearing a {shirt} shirt {action}",
-             "a person {action} {scene}, {light}, wearing a {shirt} shirt",
-             "{light}, someone in a {shirt} shirt {action} {scene}"]
+TEMPLATES = ["a person in {shirt} {action} {scene}, {light}",
+             "{scene} {light}, a person wearing {shirt} {action}",
+             "a person {action} {scene}, {light}, wearing {shirt}",
+             "{light}, someone in {shirt} {action} {scene}"]
+TABLES = {"scene": SCENES, "light": LIGHTS, "shirt": SHIRTS, "action": ACTIONS}  # what captions say
 SPLIT_SEEDS = {"train": 101, "val": 202, "test": 303}
 # Edges are blended over 1.4 pixels of a 64-pixel frame: hard ones cost codec bits, teach nothing.
 EDGE = 0.045
@@ -98,17 +105,26 @@ def draw_actions(count: int, generator: torch.Generator) -> Tensor:
 
 
 def caption(setting: Tensor, action: int, template: int = 0) -> str:
-    """Caption of one clip; setting (3,). Nothing in it tells who the person is."""
-    scene, light, shirt = (int(i) for i in setting)
-    return TEMPLATES[template].format(scene=SCENE_NAMES[scene], light=LIGHT_NAMES[light],
-                                      shirt=SHIRT_NAMES[shirt], action=ACTIONS[action])
+    """Caption of one clip; setting (3,). Nothing in it tells who the person is.
+
+    An index one past the end of its table says nothing: the caption leaves that part out.
+    """
+    parts = zip(TABLES.items(), (*setting.tolist(), action), strict=True)
+    said = {name: [*table, ""][int(i)] for (name, table), i in parts}
+    said["shirt"] = f"a {said['shirt']} shirt" if said["shirt"] else ""
+    text = TEMPLATES[template].format(**said)
+    if not said["shirt"]:  # a preposition in front of nothing
+        text = text.replace("person in ", "person ").replace("someone in ", "someone ")
+        text = text.replace("wearing ", "")
+    return ", ".join(" ".join(part.split()) for part in text.split(",") if part.strip())
 
 
 def all_captions() -> list[str]:
-    """Every caption of the grammar: the tiny tokenizer is trained on them."""
-    settings = torch.cartesian_prod(*(torch.arange(len(t)) for t in (SCENES, LIGHTS, SHIRTS)))
-    return [caption(setting, action, template) for setting in settings
-            for action in range(len(ACTIONS)) for template in range(len(TEMPLATES))]
+    """Every caption of the grammar, with and without each part: the tokenizer is trained on them.
+    The scene changes slowest, the template fastest."""
+    numbers = torch.cartesian_prod(*(torch.arange(len(t) + 1) for t in TABLES.values()))
+    return [caption(row[:3], int(row[3]), template) for row in numbers
+            for template in range(len(TEMPLATES))]
 
 
 def phrases() -> list[str]:
@@ -356,18 +372,19 @@ def render(person: Tensor, setting: Tensor, poses: Tensor, size: int = 64
 
 
 def draw_references(person: Tensor, setting: Tensor, generator: torch.Generator, size: int = 64,
-                    share: float = 0.5) -> tuple[Tensor, Tensor]:
+                    share: float = 0.5, paint: Callable = render) -> tuple[Tensor, Tensor]:
     """One reference picture per person, at another moment than the clip.
 
     With probability `share` in the clip's own setting (copying would pay), otherwise in a random
-    one. Returns pictures (B, 3, size, size) in [-1, 1] and their face boxes (B, 4).
+    one; paint: `render`, or the same compiled. Returns pictures (B, 3, size, size) in [-1, 1] and
+    their face boxes (B, 4).
     """
     B = len(person)
     other = draw_settings(B, generator).to(person.device)
     same = torch.rand(B, generator=generator, device=generator.device).to(person.device) < share
     setting = torch.where(same[:, None], setting, other)
     poses = still_poses(B, generator).to(person.device)[:, None]
-    video, boxes, _ = render(person, setting, poses, size)
+    video, boxes, _ = paint(person, setting, poses, size)
     return video[:, :, 0], boxes[:, 0]
 
 

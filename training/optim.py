@@ -33,19 +33,19 @@ KEEP_FROM_MUON = ("patchify_proj", "proj_out", "adaln", "embed_tokens", "scale_s
 
 
 def orthogonalize(g: Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Newton-Schulz iteration: matrix (m, n) -> about the nearest one with singular values of 1.
+    """Newton-Schulz iteration: matrices (..., m, n) -> about the nearest with singular values of 1.
 
     The quintic's coefficients bring every singular value into [0.7, 1.2] quickly rather than to 1
     exactly; an update does not need more. dtype: of the iteration.
     """
     x = g.to(dtype)
-    x = x / (x.norm() + 1e-7)
-    tall = x.shape[0] > x.shape[1]
-    x = x.T if tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
     for _ in range(steps):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return (x.T if tall else x).to(g.dtype)
+    return (x.mT if tall else x).to(g.dtype)
 
 
 class MuonAdamW:
@@ -63,6 +63,11 @@ class MuonAdamW:
         self.matrices, self.others = matrices, others
         self.lr_matrix, self.lr_other = lr_matrix, lr_other
         self.momentum = {k: torch.zeros_like(p) for k, p in matrices.items()}
+        # Matrices of one shape go together, 32 at most: a card gets few large jobs.
+        shapes: dict[tuple, list[str]] = {}
+        for name, p in matrices.items():
+            shapes.setdefault(tuple(p.shape), []).append(name)
+        self.alike = [same[i:i + 32] for same in shapes.values() for i in range(0, len(same), 32)]
         self.adam = torch.optim.AdamW(others.values(), lr=lr_other, betas=betas,
                                       weight_decay=weight_decay)
 
@@ -72,15 +77,20 @@ class MuonAdamW:
     @torch.no_grad()
     def step(self, factor: float = 1.0) -> None:
         """One update; factor: of both learning rates, usually what `schedule` says."""
-        for name, p in self.matrices.items():
-            m = self.momentum[name]
-            m.lerp_(p.grad, 0.05)
-            ahead = torch.lerp(p.grad, m, 0.95)  # Nesterov: look one step ahead
-            update = orthogonalize(full_tensor(ahead).flatten(1), dtype=self.dtype)  # (out, rest)
+        for names in self.alike:
+            ahead = []
+            for name in names:
+                m, grad = self.momentum[name], self.matrices[name].grad
+                m.lerp_(grad, 0.05)
+                # Nesterov: look one step ahead
+                ahead.append(full_tensor(torch.lerp(grad, m, 0.95)).flatten(1))
+            updates = orthogonalize(torch.stack(ahead), dtype=self.dtype)       # (n, out, rest)
             # 0.2 sqrt(longer side) gives each number about the size of AdamW's updates, so that
             # one rate serves matrices of all shapes
-            lr = self.lr_matrix * factor * 0.2 * max(update.shape) ** 0.5
-            p.add_(like(update.view(p.shape), p), alpha=-lr)
+            lr = self.lr_matrix * factor * 0.2 * max(updates.shape[1:]) ** 0.5
+            for name, update in zip(names, updates, strict=True):
+                p = self.matrices[name]
+                p.add_(like(update.view(p.shape), p), alpha=-lr)
         for group in self.adam.param_groups:
             group["lr"] = self.lr_other * factor
         self.adam.step()

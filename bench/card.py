@@ -127,6 +127,7 @@ def prepare(checkpoint: Path, flags: list[str], device: str, size: tuple[int, in
     identity is judged."""
     args = train.parse_arguments(["--checkpoint-path", str(checkpoint), "--no-full", "--batch",
                                   f"{count}", "--gradient-checkpointing", *flags])
+    args.precision = args.precision or "bf16"
     check_memory_options(args)
     settings = read_metadata(checkpoint)["config"]["transformer"]
     vae = VideoVAE.load(checkpoint, device, frozen_type(args))

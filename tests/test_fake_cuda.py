@@ -24,6 +24,7 @@ from pathlib import Path
 import fake_cuda
 import pytest
 import torch
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 MARGIN = 0.1  # of the plan; the bytes that it adds for safety are left out
@@ -161,25 +162,29 @@ def sample_stages(folder: Path) -> dict:
             [*map(str, words), "--checkpoint-path", str(file), *flags])
         return args, *sample.resolve(args)
 
+    def made(args, contexts, faces) -> list:
+        references = [face for face, _ in faces]
+        return list(sample.generate(args, [0], contexts, references, tqdm(disable=True)))
+
     def frames(args, latent) -> list:
-        return [None for _ in sample.decode(args, latent)]
+        vae = sample.VideoVAE.load(args.checkpoint_path, args.device, args.torch_dtype)
+        return [None for _ in sample.decode(vae, latent, args.torch_dtype)]
 
     found = {}
     with fake_cuda.Card() as card, torch.no_grad():
-        args, canvas, floor = resolved(48, "--num-inference-steps", "2")
-        found["48 no flag: text"], contexts = watched(card, sample.encode_prompts, args)
-        found["48 no flag: encode"], (face, _) = watched(
-            card, sample.encode_face, args, canvas, floor)
-        found["48 no flag: denoise"], latent = watched(card, sample.generate, args, contexts, face)
+        args, cases, floor = resolved(48, "--num-inference-steps", "2")
+        found["48 no flag: text"], contexts = watched(card, sample.encode_prompts, args, cases)
+        found["48 no flag: encode"], faces = watched(
+            card, sample.encode_faces, args, cases, floor)
+        found["48 no flag: denoise"], (latent,) = watched(card, made, args, contexts, faces)
         found["48 no flag: decode, tiled"], _ = watched(card, frames, args, latent)
-        args, _, _ = resolved(48, "--offload", "disk")
-        found["48 --offload disk: text"], _ = watched(card, sample.encode_prompts, args)
+        args, cases, _ = resolved(48, "--offload", "disk")
+        found["48 --offload disk: text"], _ = watched(card, sample.encode_prompts, args, cases)
         for flags in ("--offload cpu", "--offload disk", "--quantization fp8-cast",
                       "--offload disk --quantization fp8-cast"):
             gc.collect()
             args, _, _ = resolved(FEW, "--num-inference-steps", "1", *flags.split())
-            found[f"{FEW} {flags}: denoise"], _ = watched(
-                card, sample.generate, args, contexts, face)
+            found[f"{FEW} {flags}: denoise"], _ = watched(card, made, args, contexts, faces)
     return found
 
 

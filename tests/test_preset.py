@@ -99,11 +99,12 @@ def test_the_model_sees_a_clean_reference_on_frame_0_also_beside_the_negative_pr
     assert len(calls) == 3
     (_, times, _, places, prompt), (_, alone, _, _, same), (_, kept, _, _, negative) = calls
     R = 16                                                                 # 4 x 4 cells a frame
-    assert times[0, -R:].eq(0).all() and times[0, :-R].eq(1).all()
+    (video, L), (clean, count) = times                                     # noise levels, by run
+    assert count == R and clean.eq(0).all() and video.eq(1).all()
     assert torch.equal(places[0, :3, -R:], places[0, :3, :R]), "frame 0's places"
     assert places[0, 3, :-R].eq(0).all() and places[0, 3, -R:].eq(2).all()
     assert torch.equal(prompt, same) and not torch.equal(prompt, negative)
-    assert alone.shape[1] == times.shape[1] - R and kept.shape == times.shape
+    assert [n for _, n in alone] == [L] and [n for _, n in kept] == [L, R]
     # v_RT + 3 (v_RT - v_R) + 2 (v_RT - v_T), as the nodes' sampler adds it up
     weights = json.loads((tmp_path / "o.json").read_text())["arguments"]["streams"]
     assert weights == {"text+face": 6.0, "text": -2.0, "face": -3.0}

@@ -50,7 +50,7 @@ from clips.face import FaceNet, align, faces_of, load_facenet, usable_landmarks
 from clips.frames import Bucket, Crop, Frame, decode, decode_still, probe
 from clips.manifest import Faces, faces_for_clip, load_faces
 from clips.video import picks, save_sheet
-from common.cli import Parser, check_file, check_folder, check_ranges, command, warn
+from common.cli import Parser, check_file, check_folder, check_ranges, command
 from common.files import find_file, read_json, write_json
 from common.seeds import seeded
 from guidance import ORDERS
@@ -358,12 +358,9 @@ def score_world(args: argparse.Namespace) -> None:
     check_numbers(args)
     check_folder(args.folder)
     check_file(output, ".json")
-    nets, reader = (load_facenet(args.eval_encoder), load_head(args.head)), None
-    if args.traits.exists():
-        reader = load_traits(args.traits)
-    else:
-        warn(f"no trait reader at {args.traits}: no table of the face's traits; "
-             "`python -m toy.pretrain traits` makes one")
+    nets = load_facenet(args.eval_encoder), load_head(args.head)
+    # not bundled yet: without it there is no table of the face's traits
+    reader = load_traits(args.traits) if args.traits.exists() else None
     m = Models(args.checkpoint_path, args.gemma_root)
     d = m.numbers
     for name in GUIDED:

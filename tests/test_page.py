@@ -398,6 +398,15 @@ def test_the_page_fits_a_phone_and_a_finger_chooses_a_token(browser):
         browser.resize(1280)
 
 
+def test_the_shipped_page_opens_without_a_complaint_and_fits_a_phone():
+    if CHROMIUM is None:
+        pytest.skip("no Chromium is installed")
+    with Browser(CHROMIUM, page.PAGE.as_uri(), width=390) as browser:
+        browser.wait("[...pictures.values()].every((image) => image.complete)")
+        assert browser.value("document.documentElement.scrollWidth") <= 390
+        assert browser.errors == [] and browser.value(CONTRAST) == [] == browser.value(NAMELESS)
+
+
 def test_tab_reaches_every_control(browser):
     browser.value("document.querySelectorAll('details').forEach((e) => { e.open = false; }); "
                   "document.body.tabIndex = -1; document.body.focus(); window.reached = new Set()")

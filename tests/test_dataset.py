@@ -95,7 +95,7 @@ def test_the_shares_of_all_processes_are_a_partition_of_the_step(world, size, ac
 # ------------------------------------------------------------ what is random about a clip
 
 RECIPE = Namespace(drop_ref=0.10, drop_both=0.05, drop_text=0.05, w_id=0.1, augment_color=1.0,
-                   augment_pose=1.0, augment_layout=1.0)
+                   augment_pose=1.0, augment_layout=1.0, id_sigma=0.5, noise_ref=0.0)
 
 
 def made_up(B: int, L: int = 6, C: int = 4, F: int = 5, side: int = 16) -> Batch:

@@ -16,6 +16,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from browser import Browser
 from PIL import Image
 
 from clips import video
@@ -192,14 +193,16 @@ BARS = {"skin": (224, 172, 140), "red": (200, 30, 30), "green": (30, 160, 40)}
 PAGE = """<pre id=o></pre><script>
 async function show(name, url) {
   const v = document.createElement("video"), c = document.createElement("canvas").getContext("2d");
-  [v.preload, v.src] = ["auto", url];
+  [v.muted, v.preload, v.src] = [true, "auto", url];
   await new Promise((done, fail) => {v.onloadeddata = done; v.onerror = fail});
   [c.canvas.width, c.canvas.height] = [v.videoWidth, v.videoHeight];
-  c.drawImage(v, 0, 0);
-  for (let i = 0; i < BARS; i++) o.textContent += `${name} ${c.getImageData(
-    (i + 0.5) * v.videoWidth / BARS, v.videoHeight / 2, 1, 1).data}\n`;
+  const at = i => [...c.getImageData(
+    (i + 0.5) * v.videoWidth / BARS, v.videoHeight / 2, 1, 1).data];
+  // "loaded" may come before there is a frame to draw
+  do { await new Promise(r => setTimeout(r, 50)); c.drawImage(v, 0, 0) } while (at(0)[3] < 255);
+  for (let i = 0; i < BARS; i++) o.textContent += `${name} ${at(i)}\n`;
 }
-(async () => {for (const video of VIDEOS) await show(...video)})();
+(async () => {for (const video of VIDEOS) await show(...video); document.title = "shown"})();
 </script>"""
 
 
@@ -219,11 +222,9 @@ def test_a_browser_shows_the_colours_that_were_written(tmp_path):
         videos.append((f"{width}x{height}", f"data:video/mp4;base64,{data}"))
     page = PAGE.replace("BARS", str(len(BARS))).replace("VIDEOS", json.dumps(videos))
     (tmp_path / "page.html").write_text(page)
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu",
-               "--virtual-time-budget=20000", f"--user-data-dir={tmp_path / 'profile'}"]
-    done = subprocess.run([*command, "--dump-dom", (tmp_path / "page.html").as_uri()],
-                          capture_output=True, text=True, timeout=60)
-    shown = done.stdout.split("</pre>")[0]
+    with Browser(browser, (tmp_path / "page.html").as_uri()) as page:
+        page.wait('document.title === "shown"')
+        shown = page.value("o.textContent")
     rows = re.findall(r"(\d+x\d+) (\d+),(\d+),(\d+),255", shown)
     assert len(rows) == len(videos) * len(BARS), shown
     for (size, *found), meant in zip(rows, list(BARS.values()) * len(videos), strict=True):

@@ -42,7 +42,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from bench.torture.harness import WEIGHTS, Row, show
+from bench.torture.harness import WEIGHTS, Row, fork_process, show
 from clips import video
 from common import files
 from ltx import checkpoint
@@ -218,7 +218,7 @@ def start(words: list[str], folder: Path, prepare: Callable[[], object] = lambda
     log = folder / "stderr"
     sys.stdout.flush()
     sys.stderr.flush()
-    if pid := os.fork():
+    if pid := fork_process():
         return Child(pid, log)
     status = 1
     try:

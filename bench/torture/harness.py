@@ -17,6 +17,7 @@ Read next: bench/torture/inputs.py
 """
 
 import contextlib
+import gc
 import hashlib
 import importlib
 import inspect
@@ -145,12 +146,23 @@ def child(case: Case, command: list[str], folder: Path, main: Callable) -> int:
         return 1
 
 
+def fork_process() -> int:
+    """os.fork, after which the child collects none of its parent's garbage: an object of PyAV's
+    waits, when it dies, for threads that were not copied into the child."""
+    gc.collect()
+    gc.freeze()
+    pid = os.fork()
+    if pid:
+        gc.unfreeze()
+    return pid
+
+
 def fork(case: Case, command: list[str], folder: Path, logs: Path) -> tuple[int, str, str]:
     """Run a command in a child: status (128 + signal if one ended it), stdout, stderr."""
     main = main_of(command[0])
     sys.stdout.flush()
     sys.stderr.flush()
-    if (pid := os.fork()) == 0:
+    if (pid := fork_process()) == 0:
         status = 1
         try:
             for number, name in ((1, "stdout"), (2, "stderr")):

@@ -11,7 +11,7 @@ reference.
 
   similarity  E H  five  mean cosine; a frame in which H finds no face counts 0
   top1        E H  five  1 if the clip's own reference is the nearest of all references
-  look_alike  E H  five  1 if it is nearer than a look-alike's picture (same skin and hair)
+  look_alike  E H  five  1 if it is nearer than a look-alike's picture (another shape of face)
   found       H    all   share of frames in which a face is found
   drift       E H  five  cosine of frames 0 2 less that of frames 6 8: positive if the face is lost
   min_frame   E H  five  the smallest of the five cosines

@@ -2,8 +2,9 @@
 
 The idea. A recogniser maps a picture to a vector, so that two pictures of one person lie closer
 than pictures of two. It learns from pairs: the same person in two settings, moments and qualities,
-among a batch of others, each of which has its look-alike (same skin and hair) beside it. Pairs
-across settings are what makes it look at the face; pairs from one clip would teach it backgrounds.
+among a batch of others, each of which has its look-alike beside it. The look-alike, who differs in
+the shape of the face alone, and pairs across settings are what makes it look at the face; pairs
+from one clip would teach it backgrounds, other people without look-alikes the colour of hair.
 
 The failure this prevents: a score by the very network that was trained on. So there are two of
 them, which see other people, have other widths and start from other weights:

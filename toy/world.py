@@ -32,7 +32,6 @@ from torch import Tensor
 TRAITS = ("skin skin_hue hair_style hair_color face_width jaw eye_size eye_gap eye_color brow_size "
           "brow_angle brow_height nose_width nose_length mouth_width lip_size lip_color beard "
           "glasses glasses_color eye_tilt face_height").split()
-LOOK_ALIKE_TRAITS = 4  # a look-alike shares the first four: skin and hair
 # Three kinds. Colours are easy to carry over, attributes are there or not, shape is what real face
 # recognition lives on: lengths and angles of a pixel or two.
 COLORS = ("skin", "skin_hue", "hair_color", "eye_color", "lip_color", "glasses_color")
@@ -85,11 +84,14 @@ def people(split: str, count: int) -> Tensor:
 
 
 def look_alikes(person: Tensor, generator: torch.Generator) -> Tensor:
-    """Same skin and hair, other features: (B, T) -> (B, T). A good recogniser tells them apart."""
+    """Same colours, hair, beard and glasses, another shape of the face: (B, T) -> (B, T).
+
+    A recogniser that tells them apart sees the face; skin and hair alone do not tell.
+    """
     other = torch.rand(person.shape, generator=generator, device=generator.device)
     other = other.to(person.device)
-    other[:, :LOOK_ALIKE_TRAITS] = person[:, :LOOK_ALIKE_TRAITS]
-    return other
+    shape = torch.tensor([name in SHAPE for name in TRAITS], device=person.device)
+    return torch.where(shape, other, person)
 
 
 def draw_settings(count: int, generator: torch.Generator) -> Tensor:

@@ -499,7 +499,7 @@ STAGES = {  # stage -> what it runs, default steps, default batch
     "encode": (encode_stage, 0, 0), "base": (base_stage, 4000, 8),
     "face": (recogniser_stage, 600, 64), "eval_encoder": (recogniser_stage, 450, 64),
     "export": (export_stage, 0, 0), "head_pose": (head_stage, 1600, 64),
-    "traits": (traits_stage, 1150, 64)}
+    "traits": (traits_stage, 540, 64)}
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:

@@ -25,7 +25,6 @@ Read next: study/scores.py
 from __future__ import annotations
 
 import argparse
-import functools
 from pathlib import Path
 
 import torch
@@ -46,7 +45,7 @@ from training.workers import autocast
 
 COUNT = len(world.TRAITS)
 WIDTHS = (24, 48, 64, 96, 128, 160, 192)
-KEPT = 800  # batches: 51,200 people, whose pictures take 1.3 GB
+SEEN = 3    # frames of a clip that are learned from
 VIEWED = 5  # frames of a clip that is learned from: two latent frames, half the cost of a whole one
 WEARS_GLASSES = 0.55  # world.paint_eyes: below it nobody wears any, and their colour shows nowhere
 
@@ -143,11 +142,12 @@ def odd_eyes(video: Tensor, person: Tensor, setting: Tensor, poses: Tensor, g: t
 @torch.no_grad()
 def trait_views(person: Tensor, vae: VideoVAE, g: torch.Generator, precision: str
                 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A frame of each person (B, T), as soft as generated ones: pictures (B, 3, h, w), the traits,
-    and whether both eyes are right (B,).
+    """SEEN frames of each person (B, T), as soft as generated ones, n = SEEN * B: pictures
+    (n, 3, h, w), the traits (n, T), and whether both eyes are right (n,).
 
-    Every third clip has odd eyes; every second went through the VAE. Many people and one frame of
-    each: two frames of a person say little more than one.
+    Every third clip has odd eyes; every second went through the VAE; half of all pictures are
+    degraded further. People are new in every step: the reader learns by heart those it sees again,
+    and then its loss falls while it reads no shape of a new face.
     """
     B, device = len(person), person.device
     setting, action = world.draw_settings(B, g), world.draw_actions(B, g)
@@ -159,18 +159,11 @@ def trait_views(person: Tensor, vae: VideoVAE, g: torch.Generator, precision: st
     coded = place % 2 == 0
     with autocast(device.type, precision):
         video[coded] = vae.decode(vae.encode(video[coded])).float().clamp(-1, 1)
-    moment = torch.randint(VIEWED, (B,), generator=g, device=device)
-    return video[place, :, moment].half(), person, ~odd                 # (B, 3, h, w)
-
-
-def roughen(pictures: Tensor, g: torch.Generator) -> Tensor:
-    """Half of the pictures (B, 3, h, w) blurred and noisy, all of them moved by up to 3 pixels: a
-    picture that is seen again is not the same picture."""
-    pictures = pictures.float()
-    worse = torch.rand(len(pictures), 1, 1, 1, generator=g, device=g.device) < 0.5
+    moment = torch.rand(B, VIEWED, generator=g, device=device).argsort(dim=1)[:, :SEEN]
+    pictures = video[place[:, None], :, moment].flatten(0, 1)           # (n, 3, h, w)
+    worse = torch.rand(len(pictures), 1, 1, 1, generator=g, device=device) < 0.5
     pictures = torch.where(worse, degrade(pictures, g), pictures)
-    x, y = torch.randint(7, (2,), generator=g, device=g.device).tolist()
-    return nnf.pad(pictures, (3, 3, 3, 3), mode="replicate")[..., y:, x:][..., :SIZE, :SIZE]
+    return pictures, person.repeat_interleave(SEEN, dim=0), ~odd.repeat_interleave(SEEN)
 
 
 def trait_loss(net: nn.Module, pictures: Tensor, person: Tensor, eyes: Tensor) -> Tensor:
@@ -188,10 +181,7 @@ def trait_loss(net: nn.Module, pictures: Tensor, person: Tensor, eyes: Tensor) -
 
 
 def traits_stage(args: argparse.Namespace, device: str) -> None:
-    """Train on KEPT batches of people, each seen several times -> weights/tiny/traits.safetensors.
-
-    Drawing faces and sending them through the VAE takes longer than learning from them.
-    """
+    """Train on people drawn anew in every step -> weights/tiny/traits.safetensors."""
     torch.manual_seed(args.seed + 3000)
     vae = VideoVAE.load(WEIGHTS / "model.safetensors", device, torch.float32)
     net = TraitReader().to(device)
@@ -199,18 +189,12 @@ def traits_stage(args: argparse.Namespace, device: str) -> None:
     optimizer = MuonAdamW(*parts, lr_matrix=3e-3, lr_other=2e-3, precision=args.precision)
     run = Run(RUNS / "traits", floats(net), optimizer, EMA({}))
     loss_fn = torch.compile(trait_loss) if args.compile else trait_loss
-
-    @functools.lru_cache(maxsize=KEPT)
-    def views(number: int) -> tuple[Tensor, Tensor, Tensor]:
-        g = seeded(args.seed, number, 6, device=device)
-        person = torch.rand(args.batch, COUNT, generator=g, device=device)
-        return trait_views(person, vae, g, args.precision)
     for step in run.steps(args.steps, args.minutes, args.batch, "traits"):
-        g = seeded(args.seed, step, 7, device=device)
-        again = torch.randint(KEPT, (), generator=g, device=device).item()
-        pictures, person, eyes = views(step if step < KEPT else again)
+        g = seeded(args.seed, step, 6, device=device)
+        person = torch.rand(args.batch, COUNT, generator=g, device=device)
+        views = trait_views(person, vae, g, args.precision)
         with autocast(device, args.precision):
-            loss = loss_fn(net, roughen(pictures, g), person, eyes)
+            loss = loss_fn(net, *views)
         descend(run, step, loss, schedule(step, args.steps), f"people drawn with seed {args.seed}")
         run.record(loss=loss.item())
     told = check_traits(net, vae, device)

@@ -359,7 +359,7 @@ def score_world(args: argparse.Namespace) -> None:
     check_folder(args.folder)
     check_file(output, ".json")
     nets = load_facenet(args.eval_encoder), load_head(args.head)
-    # not bundled yet: without it there is no table of the face's traits
+    # without it there is no table of the face's traits
     reader = load_traits(args.traits) if args.traits.exists() else None
     m = Models(args.checkpoint_path, args.gemma_root)
     d = m.numbers

@@ -62,7 +62,7 @@ def open_picture(path: Path) -> Image.Image:
             warnings.simplefilter("ignore")  # broken camera notes, large photos below the limit
             with _opened(path) as image:
                 picture = ImageOps.exif_transpose(_eight_bits(image))  # a copy, read to its end
-                adobe = image.getexif().get_ifd(ExifTags.IFD.Interop).get(1) == "R03"  # so named
+                adobe = _interoperability(image).get(1) == "R03"  # so named
             # Turned already; what damaged notes say is not asked a second time (`to_rgb` would).
             notes = picture.info
             picture.info = {key: told for key, told in notes.items() if key == "transparency"}
@@ -74,6 +74,13 @@ def open_picture(path: Path) -> Image.Image:
             return to_rgb(picture)
     except Exception as error:  # decoders raise nearly every type there is on damaged files
         raise Unusable("cannot be decoded", f"{path.name}: {error}") from None
+
+
+def _interoperability(image):
+    try:
+        return image.getexif().get_ifd(ExifTags.IFD.Interop)
+    except KeyError:  # Pillow 11.0 where the notes have none
+        return {}
 
 
 def _opened(path):

@@ -79,7 +79,7 @@ def open_picture(path: Path) -> Image.Image:
 def _interoperability(image):
     try:
         return image.getexif().get_ifd(ExifTags.IFD.Interop)
-    except KeyError:  # Pillow 11.0 where the notes have none
+    except KeyError:  # older Pillow where the notes have none
         return {}
 
 

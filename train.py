@@ -175,7 +175,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     ranges |= dict.fromkeys(("batch", "accumulate", "rank"), (1, 4096))
     ranges |= dict.fromkeys(("drop_ref", "drop_both", "drop_text", "final_lr"), (0, 1))
     ranges |= dict.fromkeys(("augment_color", "augment_pose", "augment_layout"), (0, 2))
-    ranges |= {"id_sigma": (0, 1), "noise_ref": (0, 10)}
+    ranges |= {"id_sigma": (0, 1), "noise_ref": (0, 10), "same_setting": (0, 1)}
     ranges |= dict.fromkeys(("w_face", "w_id", "minutes", "save_seconds", "seed"), (0, 2**63 - 1))
     check_ranges(args, ranges | dict.fromkeys(("frame_rate", "lr"), (1e-12, 1e6)))
     if args.optimizer == "muon" and not args.full:

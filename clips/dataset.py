@@ -262,6 +262,8 @@ def add_data_arguments(p: ArgumentParser) -> None:
     add("--cache", type=Path, default=Path("cache"), help="latents and contexts, computed once")
     add("--offload-text", choices=OFFLOADS, default="none",
         help="where Gemma's layers wait, as in sample.py")
+    add("--same-setting", type=float, default=0.5,
+        help="share of the world's references that show the place, light and shirt of their clip")
 
 
 def open_manifest(manifest: Path, args: Namespace, vae: VideoVAE, device: str, rank: int = 0,

@@ -9,6 +9,8 @@ The idea. 0.86 of what? A score says something only beside others, so each score
 * `swapped`          the next person's reference: the identity must follow the picture
 * `no reference`     no picture: the identity must be lost
 * `silent prompt`    the prompt names the action alone: what of place, light and shirt is copied?
+* `contradicting prompt`   it names another place, light and shirt than the reference shows
+* `same moment`      the reference is the true clip's first frame: what of its pose is copied?
 * `chance`           clips against other people's pictures and prompts, or 1 / number of choices
 
 Generated rows share noise and prompts. Fréchet distances are to true clips of as many people of the
@@ -80,7 +82,8 @@ HERE = Path(__file__).resolve().parents[1]  # the repository
 # What makes clips: kept ones are of use as long as all of it stays as it is. Coarse on purpose: a
 # row made twice costs minutes, a stale one costs a wrong table.
 CODE = ("*.py", "ltx/*.py", "toy/*.py", "study/evaluate.py")
-ROWS = ("own reference", "swapped", "no reference", "silent prompt")
+ROWS = ("own reference", "swapped", "no reference", "silent prompt", "contradicting prompt",
+        "same moment")
 GUIDED = ("text_scale", "ref_scale", "rescale", "guide_range", "guide_every")
 BATCH = 16
 GB_PER_CLIP = 0.005  # estimated: ten copies of 9 frames of 64x64 pixels in float32 at a time
@@ -88,7 +91,7 @@ VIDEOS = {".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi"}
 OWN_SCORES = ("similarity", "min_frame", "drift", "found", "flicker", "facesim", "skipped")
 CONSISID_FRAMES = 16
 FACE_COLUMNS = ("traits_top1", "eyes", "shape", "colors", "attributes",
-                "ref_scene", "ref_light", "ref_shirt")
+                "ref_scene", "ref_light", "ref_shirt", "ref_pixels")
 NOT_OFFLINE = (
     "Not computed, needs more than these files: whether a video follows its prompt (a captioner), "
     "whether boxes\nare right (a detector), a Fréchet distance (a reference set of {0} frames of "
@@ -112,22 +115,22 @@ def test_set(people: int, prompts: int, size: int, frames: int, split: str = "te
     references = world.render(person, ref_setting, ref_pose[:, None], size)[0][:, :, 0]
     alike, _ = world.draw_references(world.look_alikes(person, g), world.draw_settings(people, g),
                                      g, size)
+    another, _ = world.draw_references(person, ref_setting, seeded(2025), size, share=0)
     who = torch.arange(people).repeat_interleave(prompts)
     setting, action = world.draw_settings(len(who), g), world.draw_actions(len(who), g)
-    captions = [world.caption(s, int(a), i % len(world.TEMPLATES))
-                for i, (s, a) in enumerate(zip(setting, action, strict=True))]
     poses = world.action_poses(action, frames, g)
     parts = zip(who.split(BATCH), setting.split(BATCH), poses.split(BATCH), strict=True)
     return {"who": who, "person": person, "references": references, "alike": alike,
-            "setting": setting, "ref_setting": ref_setting[who], "action": action,
-            "ref_pose": ref_pose[who], "captions": captions,
+            "another": another, "setting": setting, "ref_setting": ref_setting[who],
+            "action": action, "start": scores.before_action(poses[:, 0], action),
+            "ref_pose": ref_pose[who], "captions": captions_for(setting, action),
             "true": torch.cat([world.render(person[w], s, p, size)[0] for w, s, p in parts])}
 
 
-def silent_captions(data: dict) -> list[str]:
-    """Prompts for the same actions that name neither place nor light nor shirt."""
-    return [world.caption(past_the_end()[:3], int(action), i % len(world.TEMPLATES))
-            for i, action in enumerate(data["action"])]
+def captions_for(setting: Tensor, action: Tensor) -> list[str]:
+    """A prompt for each row of setting (n, 3) and action (n,); the templates take turns."""
+    return [world.caption(s, int(a), i % len(world.TEMPLATES))
+            for i, (s, a) in enumerate(zip(setting, action, strict=True))]
 
 
 def with_person(data: dict, shown: Tensor) -> dict:
@@ -135,6 +138,28 @@ def with_person(data: dict, shown: Tensor) -> dict:
     first = torch.searchsorted(data["who"], shown)  # any clip of that person has their reference
     return data | {"who": shown, "ref_setting": data["ref_setting"][first],
                    "ref_pose": data["ref_pose"][first]}
+
+
+def silent(data: dict) -> dict:
+    """Prompts for the same actions that name neither place nor light nor shirt."""
+    nothing = past_the_end()[:3].expand(len(data["who"]), 3)
+    return data | {"captions": captions_for(nothing, data["action"])}
+
+
+def contradicting(data: dict) -> dict:
+    """Prompts that name another place, another light and another shirt than the reference shows."""
+    choices, asked, shown = past_the_end()[:3], data["setting"], data["ref_setting"]    # (n, 3)
+    setting = torch.where(asked == shown, (asked + 1) % choices, asked)
+    return data | {"setting": setting, "captions": captions_for(setting, data["action"])}
+
+
+def same_moment(data: dict) -> dict:
+    """References that are the first frame of the true clip of a person's first prompt: the tempting
+    case, for frame 0 of the clip that is asked for looks just like them."""
+    first = torch.searchsorted(data["who"], torch.arange(len(data["references"])))      # (P,)
+    mine = first[data["who"]]                                           # (n,)
+    return data | {"references": data["true"][first, :, 0], "ref_setting": data["setting"][mine],
+                   "ref_pose": data["start"][mine]}
 
 
 # ------------------------------------------------------------ making clips
@@ -335,7 +360,7 @@ def make_rows(m: Models, data: dict, sides: dict[str, dict],
     folder = args.folder / settings_key(args)
     make = {"through the VAE": partial(through_vae, m, data["true"])}
     for name, side in sides.items():
-        references = data["references"][side["who"]]
+        references = side["references"][side["who"]]                    # (n, 3, h, w)
         make[name] = partial(generate, m, side["captions"], references, args, name)
     rows = {"true video": (world.to_uint8(data["true"]), 0.0)}
     return rows | {name: kept(folder / f"{name.replace(' ', '_')}.safetensors", work)
@@ -369,8 +394,9 @@ def score_world(args: argparse.Namespace) -> None:
     guidance_from(d | {name: getattr(args, name) for name in GUIDED}, args.order)  # refuses early
     data, train = (test_set(args.people, args.prompts, d["height"], d["num_frames"], split)
                    for split in (args.split, "train"))
-    swapped = with_person(data, (data["who"] + 1) % args.people)
-    other = {"swapped": swapped, "silent prompt": data | {"captions": silent_captions(data)}}
+    other = {"swapped": with_person(data, (data["who"] + 1) % args.people),
+             "silent prompt": silent(data), "contradicting prompt": contradicting(data),
+             "same moment": same_moment(data)}
     sides = {name: other.get(name, data) for name in args.rows}
     clips = make_rows(m, data, sides, args)
     real = scores.embed_clips(nets[0], train["true"]).flatten(0, 1)     # (n * 5, E)

@@ -195,6 +195,15 @@ def correlation(a: Tensor, b: Tensor) -> float:
     return ((a * b).sum(0) / (a.norm(dim=0) * b.norm(dim=0)).clamp_min(1e-12)).mean().item()
 
 
+def before_action(start: Tensor, action: Tensor) -> Tensor:
+    """Poses (n, 6) of first frames, less the start that action_poses gives each action (n,)."""
+    start = start.clone()
+    for name, column, offset in (("moves to the left", 0, MOVE / 2),
+                                 ("moves to the right", 0, -MOVE / 2), ("comes closer", 2, -0.20)):
+        start[:, column] -= offset * (action == world.ACTIONS.index(name))
+    return start
+
+
 def leaks(video: Tensor, data: dict[str, Tensor],
           head: HeadPoseEstimator) -> dict[str, tuple[float, float]]:
     """What of the reference shows in frame 0, as (leak, its chance level); 1 is a perfect copy.
@@ -210,10 +219,7 @@ def leaks(video: Tensor, data: dict[str, Tensor],
     """
     check_data(video, data, {"who": (), "action": (), "ref_pose": (6,)})
     found, poses = read_heads(head, video[:, :, :1].float())
-    start = poses[:, 0].clone()                                         # (n, 6)
-    for name, column, offset in (("moves to the left", 0, MOVE / 2),    # as action_poses starts
-                                 ("moves to the right", 0, -MOVE / 2), ("comes closer", 2, -0.20)):
-        start[:, column] -= offset * (data["action"] == world.ACTIONS.index(name))
+    start = before_action(poses[:, 0], data["action"])                  # (n, 6)
     start, ref = start[found[:, 0]], data["ref_pose"][found[:, 0]]
     g = torch.Generator().manual_seed(0)
     shuffles = [torch.randperm(len(ref), generator=g) for _ in range(200)]
@@ -228,13 +234,17 @@ def leaks(video: Tensor, data: dict[str, Tensor],
 def pixel_leak(frames: Tensor, references: Tensor, who: Tensor) -> tuple[float, float]:
     """Mean correlation of frames (n, 3, h, w) with their own of the references (P, 3, h, w), and
     with the others'."""
-    def unit(pictures: Tensor) -> Tensor:
-        flat = pictures.float().flatten(1)
-        return torch.nn.functional.normalize(flat - flat.mean(1, keepdim=True), dim=1)
-    table = unit(frames) @ unit(references).T                           # (n, P)
+    table = _centred(frames) @ _centred(references).T                   # (n, P)
     own = table.gather(1, who[:, None])[:, 0]
     others = (table.sum(1) - own) / max(len(references) - 1, 1)
     return own.mean().item(), others.mean().item() if len(references) > 1 else math.nan
+
+
+def _centred(pictures: Tensor) -> Tensor:
+    """Pictures (n, 3, h, w) -> (n, 3 h w) without their mean and of length 1: products of two are
+    their correlation."""
+    flat = pictures.float().flatten(1)
+    return torch.nn.functional.normalize(flat - flat.mean(1, keepdim=True), dim=1)
 
 
 def frechet(a: Tensor, b: Tensor) -> float:
@@ -288,10 +298,18 @@ def face_scores(video: Tensor, data: dict[str, Tensor], reader: TraitReader
 
 
 def shows_reference(video: Tensor, data: dict[str, Tensor]) -> dict[str, Tensor]:
-    """1 where a clip shows the reference's place, light or shirt, whatever the prompt says; each
-    (n,). Chance: one out of the choices."""
+    """What of the reference a clip shows, whatever the prompt says; each (n,).
+
+    ref_scene, ref_light, ref_shirt: 1 if it is the reference's; chance: one out of the choices.
+    ref_pixels: how much better all pixels of frame 0 correlate with the reference than with
+    `another` (P, 3, h, w) picture of the same person in another setting. The person is the same in
+    both, so 0 = nothing is copied, for true clips too, unless reference and clip share a setting.
+    """
     same = (read_setting(video) == data["ref_setting"]).float()         # (n, 3)
-    return dict(zip(("ref_scene", "ref_light", "ref_shirt"), same.T, strict=True))
+    who, frames = data["who"], _centred(video[:, :, 0])                 # (n,), (n, 3 h w)
+    apart = _centred(data["references"][who]) - _centred(data["another"][who])
+    return dict(zip(("ref_scene", "ref_light", "ref_shirt"), same.T, strict=True)) | {
+        "ref_pixels": (frames * apart).sum(1)}
 
 
 # ------------------------------------------------------------ intervals

@@ -18,6 +18,7 @@ from common.seeds import seeded
 from study import evaluate, scores
 from study.evaluate import kept, settings_key, tables, with_person
 from toy import world
+from toy.head import load_head
 
 ROOT = Path(evaluate.__file__).resolve().parents[1]
 TINY = ROOT / "weights" / "tiny"
@@ -54,6 +55,7 @@ def test_the_test_set_draws_what_draw_references_would_and_tells_the_pose():
     again = world.render(person[data["who"]], data["ref_setting"], data["ref_pose"][:, None])[0]
     assert torch.equal(again[:, :, 0], references[data["who"]])
     assert data["captions"][5] == world.caption(data["setting"][5], int(data["action"][5]), 1)
+    assert (data["another"] - references).abs().flatten(1).amax(1).min() > 0.2, "another moment"
     train = evaluate.test_set(4, 2, 64, 5, "train")
     assert train["captions"] == data["captions"], "another split has the same prompts"
     assert (train["references"] - references).abs().flatten(1).amax(1).min() > 0.2, "other people"
@@ -66,6 +68,27 @@ def test_with_another_person_the_reference_changes_and_the_prompt_does_not():
         assert torch.equal(other[name], data[name][[2, 3, 4, 5, 0, 1]]), name
     assert torch.equal(other["setting"], data["setting"])
     assert data["who"].tolist() == [0, 0, 1, 1, 2, 2], "the first data were changed"
+
+
+def test_sides_are_silent_contradict_the_reference_or_show_the_same_moment():
+    data = evaluate.test_set(24, 2, 64, 9)
+    said = evaluate.silent(data)["captions"]
+    assert all(any(a in text for a in world.ACTIONS) for text in said)
+    assert not any(name in text for text in said
+                   for name in (*world.SCENES, *world.LIGHTS, "shirt"))
+    against = evaluate.contradicting(data)
+    assert (data["setting"] == data["ref_setting"]).any(dim=0).all(), "each part by chance"
+    assert not (against["setting"] == data["ref_setting"]).any()
+    for text, setting in zip(against["captions"], against["setting"].tolist(), strict=True):
+        tables = world.SCENES, world.LIGHTS, world.SHIRTS
+        assert all(list(t)[i] in text for t, i in zip(tables, setting, strict=True)), text
+    moment = evaluate.same_moment(data)
+    assert torch.equal(moment["references"][3], data["true"][6, :, 0])
+    assert torch.equal(moment["ref_setting"][7], data["setting"][6])
+    first = {name: moment[name][::2] for name in ("who", "action", "ref_pose")}
+    leaks = scores.leaks(data["true"][::2], first | {"references": moment["references"]},
+                         load_head(TINY / "head_pose.safetensors"))
+    assert min(leaks["position"][0], leaks["pose"][0]) > 0.7 and leaks["pixels"][0] > 0.999, leaks
 
 
 # ------------------------------------------------------------ rows are kept

@@ -8,6 +8,7 @@ import functools
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -168,6 +169,21 @@ def test_a_pasted_reference_shows_in_every_leak_and_true_clips_stay_near_chance(
     assert all(abs(copy[k][1]) < 0.05 for k in ("pose", "position"))
     others = (torch.corrcoef(data["references"].flatten(1)).sum() - N) / (N * (N - 1))
     assert abs(copy["pixels"][1] - others) < 1e-4, "pasted: each reference with all the others"
+
+
+def test_with_the_person_fixed_true_clips_share_no_pixels_with_the_reference():
+    video, data = true_clips()
+    another, _ = world.draw_references(world.people("val", N), data["ref_setting"], seeded(72),
+                                       share=0)
+    shown = scores.shows_reference(video, data | {"another": another})
+    mean, half = scores.summarise(shown["ref_pixels"])
+    assert abs(mean) < half, "the person is in both pictures, the clip's setting in neither"
+    pasted = data["references"][:, :, None].expand_as(video)
+    shown = scores.shows_reference(pasted, data | {"another": another})
+    apart = [1 - np.corrcoef(a.flatten(), b.flatten())[0, 1]
+             for a, b in zip(data["references"], another, strict=True)]
+    assert torch.allclose(shown["ref_pixels"].double(), torch.tensor(apart), atol=1e-5)
+    assert min(shown[k].mean() for k in ("ref_scene", "ref_light", "ref_shirt")) > 0.95
 
 
 def test_the_start_that_an_action_asks_for_is_no_position_leak():

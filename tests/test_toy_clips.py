@@ -89,6 +89,11 @@ def test_a_batch_has_the_caption_of_each_clip_and_another_picture_of_its_person(
                                               seeded(k + 1), SIZE)
         assert torch.equal(batch.reference[k], expected[0])
         assert torch.equal(batch.reference_box[k], box[0])
+    data.same_setting = 0.0
+    batch = data.batch([0], [seeded(1)])
+    expected, _ = world.draw_references(rows["person"][[0]], rows["setting"][[0]], seeded(1), SIZE,
+                                        share=0.0)
+    assert torch.equal(batch.reference[0], expected[0])
     assert batch.seen.all() and batch.reference_seen.all()
 
 

@@ -123,6 +123,8 @@ class WorldClips:
     captions: those that may occur, the null prompt last; count: how many clips an epoch has.
     """
 
+    same_setting = 0.5  # share of references in the clip's own setting: there copying pays
+
     def __init__(self, captions: list[str], count: int):
         self.captions, self.groups = captions, [range(count)]
         self.kept: dict[str, Tensor] = {}  # caption -> its context (N, D)
@@ -152,7 +154,7 @@ class WorldClips:
         clips = self.clips(indices, generators)
         person, setting = clips["person"], clips["setting"]
         pictures, boxes = drawn(generators, len(person), lambda g, i: world.draw_references(
-            person[i], setting[i], g, SIZE, paint=self.paint))
+            person[i], setting[i], g, SIZE, self.same_setting, self.paint))
         B, F = clips["boxes"].shape[:2]
         return Batch(index=list(indices), grid=GRID, frame_rate=FRAME_RATE, x0=clips["x0"],
                      context=self.contexts(clips["caption"].tolist()),
@@ -266,8 +268,10 @@ def open_data(args: Namespace, vae: VideoVAE, device: str, rank: int = 0, world_
     """(clips to train on, clips to look at, whether the second are never trained on), from
     train.py's arguments."""
     if args.manifest is None:
-        return *open_world(args.checkpoint, args.gemma_root, vae, device, args.precision,
-                           quiet=rank > 0), True
+        train, shown = open_world(args.checkpoint, args.gemma_root, vae, device, args.precision,
+                                  quiet=rank > 0)
+        train.same_setting = args.same_setting
+        return train, shown, True
     share = rank, world_size, wait
     train = open_manifest(args.manifest, args, vae, device, *share)
     if args.validation is None:

@@ -281,10 +281,12 @@ def random_weights(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[st
 
 
 def write_streamed(path: Path, rows: Iterable[tuple[str, torch.dtype, tuple[int, ...]]],
-                   metadata: dict[str, str], pattern: dict[str, np.ndarray]) -> int:
+                   metadata: dict[str, str], pattern: dict[str, np.ndarray],
+                   holes: bool = False) -> int:
     """A safetensors file of any size without holding it. Returns the bytes named in `pattern`.
 
-    Each tensor's bytes repeat pattern[name]; without one they are garbage.
+    Each tensor's bytes repeat pattern[name]; without one they are garbage, or with `holes` zeros
+    that take no disk.
     """
     header, end, used = {"__metadata__": metadata}, 0, 0
     for name, dtype, shape in rows:
@@ -296,22 +298,19 @@ def write_streamed(path: Path, rows: Iterable[tuple[str, torch.dtype, tuple[int,
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name, row in itertools.islice(header.items(), 1, None):
-            piece, (begin, end) = pattern.get(name, GARBAGE).tobytes(), row["data_offsets"]
+            begin, end = row["data_offsets"]
+            if holes and name not in pattern:
+                file.seek(end - begin, 1)
+                continue
+            piece = pattern.get(name, GARBAGE).tobytes()
             for at in range(begin, end, len(piece)):
                 file.write(piece[: end - at])
+        file.truncate(8 + len(text) + end)
     return used
 
 
 def write_sparse(path: Path, rows: Iterable[tuple[str, torch.dtype, tuple[int, ...]]],
                  metadata: dict[str, str]) -> Path:
-    """A safetensors file of any size whose numbers are holes: zeros that take no disk."""
-    header, end = {"__metadata__": metadata}, 0
-    for name, dtype, shape in rows:
-        begin, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": WORDS[dtype], "shape": list(shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + end)
+    """A safetensors file of any size whose numbers are holes."""
+    write_streamed(path, rows, metadata, {}, holes=True)
     return path

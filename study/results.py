@@ -20,6 +20,7 @@ Read next: study/ablate.py
 from __future__ import annotations
 
 import math
+import platform
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,6 +41,14 @@ Records = dict[int, dict]  # seed -> record
 def number(value: float) -> float | None:
     """For JSON, which knows no NaN: six digits, or None."""
     return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
+def processor() -> str:
+    """What this machine calls its processor; figures of a CPU mean little without it."""
+    info = Path("/proc/cpuinfo")  # Linux
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def keep_settings(path: Path, settings: dict, files: Sequence[str] = ()) -> dict:

@@ -232,6 +232,16 @@ def panel(logs: dict[str, list[dict]], key: str) -> Image.Image:
     return chart(means, key, note, log_y=log_y, bands=bands)
 
 
+def beside(panels: Sequence[Image.Image]) -> Image.Image:
+    """Pictures of one size on a sheet, two in a row."""
+    width, height = panels[0].size
+    size = (width * min(2, len(panels)), height * math.ceil(len(panels) / 2))
+    sheet = Image.new("RGB", size, "white")
+    for i, picture in enumerate(panels):
+        sheet.paste(picture, (i % 2 * width, i // 2 * height))
+    return sheet
+
+
 def curves(logs: dict[str, list[dict]], path: str | Path) -> None:
     """Write a PNG with a panel for every number but step and seconds, in two columns.
 
@@ -240,11 +250,7 @@ def curves(logs: dict[str, list[dict]], path: str | Path) -> None:
     keys = dict.fromkeys(key for rows in logs.values() for row in rows for key in row
                          if type(row[key]) in (int, float) and key not in ("step", "seconds"))
     panels = [panel(logs, key) for key in keys] or [chart({}, "nothing logged yet", "step")]
-    width, height = panels[0].size
-    size = (width * min(2, len(panels)), height * math.ceil(len(panels) / 2))
-    sheet = Image.new("RGB", size, "white")
-    for i, picture in enumerate(panels):
-        sheet.paste(picture, (i % 2 * width, i // 2 * height))
+    sheet = beside(panels)
     atomic_write(path, lambda temporary: sheet.save(temporary, format="PNG"))
 
 

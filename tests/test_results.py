@@ -5,6 +5,7 @@ Run: python -m pytest tests/test_results.py
 """
 
 import math
+import platform
 
 import pytest
 
@@ -98,3 +99,12 @@ def test_a_folder_begun_with_other_settings_is_refused(tmp_path):
 def test_a_report_without_the_default_is_refused():
     with pytest.raises(ValueError, match="expected a result of the default"):
         results.report({"placement": {"overlap": NEAR}}, {})
+
+
+def test_the_processor_is_named_as_the_machine_names_it(tmp_path, monkeypatch):
+    info = tmp_path / "cpuinfo"
+    info.write_text("processor\t: 0\nmodel\t\t: 17\nmodel name\t: AMD EPYC 9R45\nmodel name\t: x\n")
+    monkeypatch.setattr(results, "Path", lambda _: info)
+    assert results.processor() == "AMD EPYC 9R45"
+    info.unlink()
+    assert results.processor() == (platform.processor() or platform.machine())

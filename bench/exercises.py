@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from common.cli import Parser, command
 from common.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,7 +86,9 @@ def run(exercise: Exercise | None, command: str, clips: Path | None = None
         done = subprocess.run([sys.executable, *words[1:]], cwd=folder, capture_output=True,
                               text=True)
         if done.returncode:
-            raise RuntimeError(f"{command}: {done.stderr.strip().splitlines()[-1]}")
+            last = (done.stderr.strip().splitlines() or ["nothing"])[-1]
+            raise ValueError(f"expected `{command}` to end, got status {done.returncode}: {last}; "
+                             "mend what it says")
         for made in folder.glob("runs/evaluate/*/own_reference.safetensors") if clips else ():
             clips.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(made, clips)
@@ -115,12 +118,8 @@ def cells(name: str, scores: dict) -> str:
     return f"| {name} | " + " | ".join(cell(s, scores) for s in SCORES) + " |"
 
 
-def main(words: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("numbers", nargs="*", help="which exercises (default: all)")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="for clips and scores of each")
-    parser.add_argument("--people", type=int, help="to score, instead of as many as the text says")
-    args = parser.parse_args(words)
+def measure(args: argparse.Namespace) -> None:
+    """Run the exercises and print what they change."""
     text = TEXT.read_text(encoding="utf-8")
     if args.people:
         text = re.sub(r"--people \d+", f"--people {args.people}", text)
@@ -148,7 +147,15 @@ def main(words: list[str]) -> int:
             keep(args.keep, exercise, {"before": usual[plain], "after": result})
     head = ["| exercise | " + " | ".join(SCORES) + " |", "|---" * (len(SCORES) + 1) + "|"]
     print("\n".join(head + table + texts))
-    return 0
+
+
+def main(words: list[str]) -> int:
+    parser = Parser("bench.exercises", description=__doc__.split("\n")[0])
+    parser.add_argument("numbers", nargs="*", help="which exercises (default: all)")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="for clips and scores of each")
+    parser.add_argument("--people", type=int, help="to score, instead of as many as the text says")
+    args = parser.parse_args(words)
+    return command("bench.exercises", lambda: measure(args))
 
 
 if __name__ == "__main__":

@@ -138,13 +138,12 @@ def _webp(image: Image.Image, **options: Any) -> str:
 
 
 def source(*functions: Callable) -> list[dict]:
-    """Where each function stands in the repository, and its text."""
+    """In which file of the repository each function stands, and its text. No line: a number would
+    be wrong after the next edit above it."""
     told = []
     for function in map(inspect.unwrap, functions):
-        lines, first = inspect.getsourcelines(function)
         file = Path(inspect.getsourcefile(function)).relative_to(HERE).as_posix()
-        told.append({"name": function.__name__, "file": file, "line": first,
-                     "text": "".join(lines)})
+        told.append({"name": function.__name__, "file": file, "text": inspect.getsource(function)})
     return told
 
 
@@ -390,7 +389,11 @@ def exercises(studio: Studio, people: int = 4) -> list[dict]:
         half = folder.with_name("exercises.half")  # renamed when it is complete
         call = [sys.executable, "-m", "bench.exercises", "--people", str(scored), "--keep",
                 str(half.absolute())]
-        subprocess.run(call, cwd=HERE, check=True, stdout=subprocess.DEVNULL)
+        done = subprocess.run(call, cwd=HERE, capture_output=True, text=True, check=False)
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["nothing"])[-1]
+            raise ValueError(f"expected exercises that run, got status {done.returncode}: {last}; "
+                             "mend what it says, finished clips are kept")
         half.rename(folder)
     out = []
     for path in sorted(folder.glob("*.json"), key=lambda path: int(path.stem)):
@@ -410,11 +413,15 @@ def exercises(studio: Studio, people: int = 4) -> list[dict]:
 def explorer(studio: Studio) -> str:
     """The template with all that the panels show in the place of DATA."""
     size, references = studio.numbers["height"], studio.references[::studio.plan.prompts]
+    data = {"size": size, "people": studio.names, "frame_rate": studio.numbers["frame_rate"],
+            "references": sheet(world.to_uint8(references)[None], 85)}
+    panels = {"dials": dials, "places": places, "walk": walk, "augment": augmentation,
+              "exercises": exercises}
     with FastCPU():
-        data = {"size": size, "people": studio.names, "frame_rate": studio.numbers["frame_rate"],
-                "references": sheet(world.to_uint8(references)[None], 85), "dials": dials(studio),
-                "places": places(studio), "walk": walk(studio), "augment": augmentation(studio),
-                "exercises": exercises(studio)}
+        for name, panel in panels.items():
+            started = time.time()
+            data[name] = panel(studio)
+            print(f"{name:10s}{time.time() - started:5.0f} s", flush=True)
     text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("</", "<\\/")
     return TEMPLATE.read_text(encoding="utf-8").replace("DATA", text, 1)
 

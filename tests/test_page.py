@@ -9,6 +9,8 @@ import io
 import json
 import re
 import shutil
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -48,6 +50,7 @@ def keep_two_exercises(call, **options):
                                    "after": ("1", scores | {"action": [0.25, 0.1]}, [])})
     exercises.keep(folder, last, {"before": ("plain-1", {}, ["same", "row 1"]),
                                   "after": ("12", {}, ["same", "row 2"])})
+    return subprocess.CompletedProcess(call, 0)
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +62,8 @@ def made(tmp_path_factory):
         patch.setattr(page.subprocess, "run", keep_two_exercises)
         words = ["--quick", "--output-path", str(folder / "it.html"), "--folder", str(folder)]
         assert page.main(words) == 0
-    text = (folder / "it.html").read_text(encoding="utf-8")
-    data = re.search(r'<script id="data" type="application/json">(.*?)</script>', text, re.S)[1]
-    return folder / "it.html", json.loads(data), next(p for p in folder.iterdir() if p.is_dir())
+    return (folder / "it.html", read_data(folder / "it.html"),
+            next(p for p in folder.iterdir() if p.is_dir()))
 
 
 def tiles(address: str, size: int = 64) -> torch.Tensor:
@@ -201,12 +203,35 @@ def test_exercises_keep_what_changed(made):
     assert "H * in_space" in first["change"][0] and first["file"] == "rope.py"
 
 
-def test_every_named_function_is_in_its_file(made):
+def read_data(path: Path) -> dict:
+    """What a page holds."""
+    text = path.read_text(encoding="utf-8")
+    found = re.search(r'<script id="data" type="application/json">(.*?)</script>', text, re.S)
+    return json.loads(found[1])
+
+
+@pytest.mark.parametrize("file", ["small", "shipped"])
+def test_every_named_function_is_in_its_file(made, file):
+    data = made[1] if file == "small" else read_data(page.PAGE)
     for panel in ("dials", "places", "walk", "augment"):
-        for told in made[1][panel]["sources"]:
-            lines = (page.HERE / told["file"]).read_text(encoding="utf-8").splitlines()
-            assert told["text"].splitlines()[0] == lines[told["line"] - 1]
-            assert re.search(rf"(def|class) {told['name']}\b", told["text"])
+        for told in data[panel]["sources"]:
+            whole = (page.HERE / told["file"]).read_text(encoding="utf-8")
+            assert re.search(rf"^(def|class) {told['name']}\b", whole, re.M), told["name"]
+            assert re.search(rf"^(def|class) {told['name']}\b", told["text"], re.M)
+            assert file == "shipped" or told["text"] in whole
+
+
+def test_an_exercise_that_fails_is_one_line_and_no_page(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(page, "QUICK", page.QUICK._replace(exercises=5))
+    for panel in ("dials", "places", "walk", "augmentation"):
+        monkeypatch.setattr(page, panel, lambda studio: {})
+    monkeypatch.setattr(page.subprocess, "run", lambda call, **_: subprocess.CompletedProcess(
+        call, 2, "", "bar\nbench.exercises: error: expected x, got y; do z\n"))
+    words = ["--quick", "--output-path", str(tmp_path / "it.html"), "--folder", str(tmp_path / "f")]
+    assert page.main(words) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("study.page: error: expected exercises that run, got status 2: bench.")
+    assert line.count("\n") == 1 and not (tmp_path / "it.html").exists()
 
 
 @pytest.mark.parametrize("words, told", [

@@ -317,7 +317,7 @@ def shown(args: argparse.Namespace, vae: VideoVAE, draws: Draws, layout: Layout,
     if everybody and not args.compile:
         return None, None
     tokens = encode_reference(vae.encode, draws.reference).float()                # (B, R, C)
-    if args.noise_ref:  # 0.15 or 0.3 with that trainer
+    if draws.noise_ref.shape[1]:  # a held-out loss draws none
         tokens = tokens + args.noise_ref * tokens.std() * draws.noise_ref
     reference = Reference(tokens, layout.reference_positions().to(tokens.device))
     if not somebody and not args.compile:

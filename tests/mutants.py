@@ -919,6 +919,11 @@ MUTANTS: list[Mutant] = [
            "            for variant in args.variants",
            "for variant in args.variants for seed in args.seeds\n"
            "            for mark in sorted(args.marks)", "tests/test_curves.py"),
+    Mutant("train.py", "if draws.noise_ref.shape[1]:", "if False:", "tests/test_recipe.py"),
+    Mutant("train.py", "args.noise_ref * tokens.std() * draws", "args.noise_ref * draws",
+           "tests/test_recipe.py"),
+    Mutant("toy/clips.py", "train.same_setting = args.same_setting", "pass",
+           "tests/test_toy_clips.py"),
     Mutant("study/curves.py", "final_lr=1, ", "", "tests/test_curves.py"),
     Mutant("study/curves.py", "DEFAULT | {\"w_id\": 0.0} | VARIANTS[variant]",
            "DEFAULT | VARIANTS[variant]", "tests/test_curves.py"),

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,6 +38,7 @@ from ltx.lora import add_lora, load_lora
 from ltx.text import TextEncoder
 from ltx.vae import VideoVAE
 from model import VideoTransformer
+from rope import Layout
 from training.run import load_state
 
 ROOT = Path(train.__file__).resolve().parent
@@ -614,3 +616,20 @@ def test_noise_on_reference_tokens_and_the_reach_of_the_identity_loss_follow_the
     assert set(far.frame.tolist()) == {-1, 1, 3, 4}, "frames with a known face, each at times"
     at_once = train.draw(train.parse_arguments([]), batch, seeded(1))
     assert at_once.noise.shape == plain.noise.shape and 0.9 < at_once.noise.std() < 1.1
+
+
+def test_noise_lies_on_the_reference_in_training_and_not_where_losses_are_held_out():
+    args = train.parse_arguments(["--noise-ref", "0.3"])
+    latent = torch.randn(64, 4, 1, 4, 4, generator=seeded(2)) * 5
+    vae = SimpleNamespace(encode=lambda pictures: latent)
+    draws = train.Draws(torch.ones(64, dtype=torch.bool), torch.ones(64, dtype=torch.bool),
+                        torch.ones(64), torch.zeros(64, 32, 4), torch.zeros(64, 3, 32, 32),
+                        torch.randn(64, 16, 4, generator=seeded(3)), torch.full((64,), -1))
+
+    def tokens(noise):
+        draws.noise_ref = noise
+        return train.shown(args, vae, draws, Layout(2, 4, 4), (False, False))[0].tokens
+    noise = draws.noise_ref
+    clean, noisy = tokens(torch.zeros(64, 0, 4)), tokens(noise)
+    assert torch.equal(clean, latent.flatten(2).mT)
+    assert abs((noisy - clean).std() / clean.std() - 0.3) < 0.01

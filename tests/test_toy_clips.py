@@ -5,6 +5,7 @@ Hardware: CPU, seconds. Run: python -m pytest tests/test_toy_clips.py
 
 from math import prod
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -149,3 +150,13 @@ def test_a_cpu_that_has_kept_no_clips_renders_them_and_says_so(vae, tmp_path, mo
     assert isinstance(again, clips.KeptClips) and again.fingerprint() != train.fingerprint()
     assert torch.equal(again.rows["person"], world.people("train", 16)), "not those it is shown on"
     assert capsys.readouterr().out == ""
+
+
+def test_the_flag_says_how_many_references_show_their_clips_setting(monkeypatch):
+    both = SimpleNamespace(), SimpleNamespace()
+    monkeypatch.setattr(clips, "open_world", lambda *_, **__: both)
+    args = SimpleNamespace(manifest=None, same_setting=0.25, checkpoint="", gemma_root="",
+                           precision="fp32")
+    train, shown, held_out = clips.open_data(args, None, "cpu")
+    assert (train, shown, held_out) == (*both, True)
+    assert train.same_setting == 0.25 and not hasattr(shown, "same_setting")

@@ -121,7 +121,7 @@ def rehearse(args: argparse.Namespace) -> None:
             str(gemma), "--ref", "examples/ada.png", "--prompt", "a person turns left at the beach",
             "--offload", "disk", "--num-inference-steps", str(args.steps), "--height",
             str(args.size[0]), "--width", str(args.size[1]), "--num-frames", str(args.size[2]),
-            "--output-path", str(output.resolve()), "--device", "cpu"])
+            "--output-path", str(output.resolve()), "--device", "cpu", "--dtype", "bfloat16"])
         if status:
             raise ValueError(f"expected a video, got status {status} from sample.py; its message "
                              "stands above")

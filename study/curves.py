@@ -41,14 +41,13 @@ from common.cli import Parser, check_ranges, command
 from common.files import atomic_write, read_json, write_json
 from study import scores
 from study.ablate import DEFAULT, PLAIN, words
-from study.evaluate import Models, Networks, generate, silent, test_set
+from study.evaluate import TINY, Models, Networks, generate, silent, test_set
 from study.results import FACTORS, keep_settings, markdown, number, over_seeds, processor
 from toy.head import load_head
 from toy.traits import TraitReader, load_traits
 from training import plot
 
 HERE = Path(__file__).resolve().parents[1]  # the repository
-TINY = HERE / "weights" / "tiny"
 VARIANTS = {  # what differs from DEFAULT, which is TASS with the three augmentations
     "tass": {}, "overlap": {"placement": "overlap"}, "time_only": {"placement": "time_only"},
     "space_only": {"placement": "space_only"}, "overlap_phase": {"placement": "overlap_phase"},

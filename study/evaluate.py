@@ -79,6 +79,7 @@ from toy.traits import TraitReader, load_traits
 from training.run import load_state, save_state
 
 HERE = Path(__file__).resolve().parents[1]  # the repository
+TINY = HERE / "weights" / "tiny"
 # What makes clips: kept ones are of use as long as all of it stays as it is. Coarse on purpose: a
 # row made twice costs minutes, a stale one costs a wrong table.
 CODE = ("*.py", "ltx/*.py", "toy/*.py", "study/evaluate.py")
@@ -550,7 +551,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     for flag, name in (("--checkpoint-path", "model.safetensors"), ("--gemma-root", "gemma"),
                        ("--eval-encoder", "eval_encoder.safetensors"),
                        ("--head", "head_pose.safetensors"), ("--traits", "traits.safetensors")):
-        add(flag, type=Path, default=HERE / "weights" / "tiny" / name)
+        add(flag, type=Path, default=TINY / name)
     add("--split", choices=["test", "val"], default="test", help="choose on val, report on test")
     add("--people", type=int, default=256)
     add("--prompts", type=int, default=1, help="per person")

@@ -37,8 +37,8 @@ from tqdm import tqdm
 from common.cli import Parser, check_ranges, command
 from common.files import atomic_write, read_json, write_json
 from guidance import ORDERS
-from study.curves import TINY, load_judges, measure
-from study.evaluate import Models, generate, test_set
+from study.curves import load_judges, measure
+from study.evaluate import TINY, Models, generate, test_set
 from study.results import cell, keep_settings, markdown, number, processor
 from training import plot
 

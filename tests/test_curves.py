@@ -13,7 +13,7 @@ from PIL import Image
 
 import train
 from common.files import write_json
-from study import curves, evaluate, scales, scores
+from study import curves, estimates, evaluate, scales, scores
 from study.evaluate import test_set as draw_test_set
 from study.results import processor
 
@@ -154,3 +154,31 @@ def test_the_measured_clips_are_those_of_the_references_own_people():
     assert torch.isfinite(torch.tensor(found["ref_pixels"]))
 
 
+
+
+def test_an_estimate_from_little_noise_is_the_clip_and_from_noise_alone_the_references_person():
+    m = evaluate.Models(evaluate.TINY / "model.safetensors", evaluate.TINY / "gemma")
+    data = draw_test_set(6, 1, 64, 9, "val")
+    with torch.no_grad():
+        coded = m.vae.decode(m.vae.encode(data["true"])).clamp(-1, 1)
+    near = estimates.estimate(m, data, 0.02, True)
+    assert (near - coded).abs().mean() < 0.02
+    far = {shown: estimates.estimate(m, data, 1.0, shown) for shown in (True, False)}
+    reader = curves.load_judges(curves.parse_arguments(["run"]))[1]
+    read = {shown: scores.face_scores(video, data, reader)[1] for shown, video in far.items()}
+    assert read[True]["attributes"] > read[False]["attributes"] + 0.3, read
+
+
+def test_estimates_are_a_table_of_both_for_each_level(monkeypatch, capsys):
+    asked = []
+
+    def estimate(m, data, sigma, shown):
+        asked.append((sigma, shown))
+        return data["true"]
+    monkeypatch.setattr(estimates, "estimate", estimate)
+    assert estimates.main(["--people", "4", "--sigmas", "0.5", "0.9"]) == 0
+    assert asked == [(0.5, True), (0.5, False), (0.9, True), (0.9, False)]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("| noise level | shape | shape, no reference |")
+    assert lines[3].startswith("| 0.9 | 0.") and len(lines) == 4
+    assert estimates.main(["--sigmas", "1.5"]) == 2

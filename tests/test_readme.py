@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from bench import exercises
-from study import ablate
+from study import ablate, curves, scales
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
@@ -151,6 +151,12 @@ def test_tables_are_what_the_records_beside_them_give(tmp_path, monkeypatch, cap
     assert found == (shipped / "table.md").read_text()
     rows = found.split("## overview")[1].split("\n\n")[1].splitlines()
     assert len(rows) > 12 and all(row in TEXTS["docs/ablations.md"].splitlines() for row in rows)
+    for program, name, text in ((curves, "curves", "ablations"), (scales, "scales", "results")):
+        shutil.copytree(ROOT / "examples" / name, tmp_path / name)
+        capsys.readouterr()
+        assert program.main(["table", "--folder", str(tmp_path / name)]) == 0
+        rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+        assert len(rows) > 4 and all(row in TEXTS[f"docs/{text}.md"].splitlines() for row in rows)
     monkeypatch.chdir(ROOT)
     for script, words in (("study/evaluate.py", ["--tables", "examples/evaluate.json"]),
                           ("bench/fewer_calls.py", ["examples/fewer_calls"])):

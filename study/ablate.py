@@ -17,7 +17,7 @@ Guidance scale 1 = off, 0 = condition removed.
     python -m study.ablate run --only placement --seeds 0 --steps 200           a part of it
     python -m study.ablate table                           FOLDER/table.md and FOLDER/grid.png
 
-Read next: study/figures.py
+Read next: study/estimates.py
 """
 
 from __future__ import annotations

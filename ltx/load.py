@@ -33,10 +33,11 @@ from ltx.vae import VAE_PREFIX, VideoVAE
 from model import TRANSFORMER_PREFIX, TransformerConfig, VideoTransformer
 from rope import Layout, reference_grid
 
-# LTX-2.3: the official defaults; ref_scale is ours. config["inference"] of a checkpoint replaces
-# any of them. guide_range and guide_every are Guidance.interval and .every.
+# LTX-2.3: the official defaults. ref_scale is ours: with text 3 less shows too little of the face
+# (docs/results.md, on the bundled weights). config["inference"] of a checkpoint replaces any of
+# them. guide_range and guide_every are Guidance.interval and .every.
 INFERENCE = {"width": 768, "height": 512, "num_frames": 121, "frame_rate": 24.0, "steps": 30,
-             "text_scale": 3.0, "ref_scale": 2.0, "rescale": 0.0, "stg_scale": 0.0,
+             "text_scale": 3.0, "ref_scale": 3.0, "rescale": 0.0, "stg_scale": 0.0,
              "stg_blocks": [28], "guide_range": [0.0, 1.0], "guide_every": 1,
              "schedule_tokens": 4096, "reference_psnr_floor": None}
 

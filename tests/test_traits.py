@@ -138,9 +138,11 @@ def test_the_stage_measures_the_bundled_vae(reader):
 def test_the_tables_keep_the_kinds_apart_and_pass_over_old_records():
     names = (*world.TRAITS, "shape", "colors", "attributes", "traits_top1", "eyes", "ref_scene",
              "ref_light", "ref_shirt")
-    rows = {"true": {"faces": dict.fromkeys(names, (0.5, None))}, "chance": {}}
+    old = dict.fromkeys(names, (0.5, None))
+    rows = {"true": {"faces": old | {"ref_pixels": (0.25, None)}}, "old": {"faces": old}, "chance": {}}
     lines = face_tables(rows).split("\n")
-    assert "| true | 50.0 % | 50.0 % | 0.500 | 0.500 | 0.500 | 50.0 % | 50.0 % | 50.0 % |" in lines
-    assert lines[-1] == "| **shape, mean** | 0.50 |" and "| jaw | 0.50 |" in lines
+    same = "50.0 % | 50.0 % | 0.500 | 0.500 | 0.500 | 50.0 % | 50.0 % | 50.0 %"
+    assert f"| true | {same} | 0.250 |" in lines and f"| old | {same} | – |" in lines
+    assert lines[-1] == "| **shape, mean** | 0.50 | 0.50 |" and "| jaw | 0.50 | 0.50 |" in lines
     assert len([line for line in lines if line.startswith("| **")]) == 3
     assert face_tables({"true": {"scores": {}}}) == ""

@@ -139,7 +139,8 @@ def test_the_tables_keep_the_kinds_apart_and_pass_over_old_records():
     names = (*world.TRAITS, "shape", "colors", "attributes", "traits_top1", "eyes", "ref_scene",
              "ref_light", "ref_shirt")
     old = dict.fromkeys(names, (0.5, None))
-    rows = {"true": {"faces": old | {"ref_pixels": (0.25, None)}}, "old": {"faces": old}, "chance": {}}
+    new = old | {"ref_pixels": (0.25, None)}
+    rows = {"true": {"faces": new}, "old": {"faces": old}, "chance": {}}
     lines = face_tables(rows).split("\n")
     same = "50.0 % | 50.0 % | 0.500 | 0.500 | 0.500 | 50.0 % | 50.0 % | 50.0 %"
     assert f"| true | {same} | 0.250 |" in lines and f"| old | {same} | – |" in lines

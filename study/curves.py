@@ -169,7 +169,10 @@ def read_results(args: argparse.Namespace) -> tuple[Curves, float]:
 
 
 def draw(curves: Curves, names: Sequence[str]) -> Image.Image:
-    """A panel for each score, two in a row: means over seeds, shades their 95 % intervals."""
+    """A panel for each score, two in a row: means over seeds, shades their 95 % intervals. One mark
+    is no curve: such a variant is drawn only where none has more."""
+    longest = max(len(marks) for marks in curves.values())
+    curves = {variant: marks for variant, marks in curves.items() if len(marks) >= min(2, longest)}
     panels = []
     for name in names:
         lines, shades = {}, {}

@@ -915,6 +915,8 @@ MUTANTS: list[Mutant] = [
     Mutant("toy/traits.py", "0.40 + 0.14 * v[\"eye_gap\"]) + yaw", "0.0 * yaw)",
            "tests/test_traits.py"),
     Mutant("toy/traits.py", "if stored != wanted:", "if False:", "tests/test_traits.py"),
+    Mutant("study/curves.py", "min(2, longest)", "1",
+           "tests/test_curves.py::test_one_mark_is_no_curve"),
     Mutant("study/curves.py", "for mark in sorted(args.marks) for seed in args.seeds\n"
            "            for variant in args.variants",
            "for variant in args.variants for seed in args.seeds\n"

@@ -92,6 +92,19 @@ def test_the_table_has_means_and_intervals_over_seeds_and_a_picture(tmp_path, ca
     assert curves.main(["table", "--folder", str(tmp_path / "empty")]) == 2
 
 
+def test_one_mark_is_no_curve(monkeypatch):
+    drawn = []
+
+    def chart(lines, *_, **__):
+        drawn.append(list(lines))
+        return Image.new("RGB", (4, 3))
+    monkeypatch.setattr(curves.plot, "chart", chart)
+    point, longer = {10: [scored(0.1)]}, {10: [scored(0.1)], 20: [scored(0.2)]}
+    curves.draw({"tass": longer, "overlap": point}, ["shape"])
+    curves.draw({"overlap": point}, ["shape"])
+    assert drawn == [["tass"], ["overlap"]], "alone it is better than nothing"
+
+
 # ------------------------------------------------------------ scales
 
 

@@ -16,7 +16,7 @@ row and a column name one. Numbers 0..1 travel as bytes. Everything is a functio
 the code: finished clips are kept under --folder by a hash of both, and the same command goes on.
 The dials take STEPS steps instead of the checkpoint's, to halve the time; the walk takes all.
 
-    python -m study.page                        ten minutes on one core of an AMD EPYC
+    python -m study.page                        twelve minutes on one core of an AMD EPYC
     python -m study.page --quick --output-path quick.html      a small one, in seconds
 
 Read next: docs/exercises.md

@@ -921,6 +921,8 @@ MUTANTS: list[Mutant] = [
            "            for variant in args.variants",
            "for variant in args.variants for seed in args.seeds\n"
            "            for mark in sorted(args.marks)", "tests/test_curves.py"),
+    Mutant("train.py", 'not toy or args.offload != "none"', "not toy",
+           "tests/test_frozen.py::test_what_was_left_out_is_not_refused"),
     Mutant("train.py", "if draws.noise_ref.shape[1]:", "if False:", "tests/test_recipe.py"),
     Mutant("train.py", "args.noise_ref * tokens.std() * draws", "args.noise_ref * draws",
            "tests/test_recipe.py"),

@@ -190,6 +190,14 @@ def test_options_that_cannot_be_together_are_refused_in_one_line(monkeypatch, fl
     assert "\n" not in str(error.value)
 
 
+def test_what_was_left_out_is_not_refused():
+    """The world trains without gradient checkpointing, unless an option needs it."""
+    for option, needed in (("none", False), ("cpu", True), ("disk", True)):
+        args = train.parse_arguments(["--no-full", "--offload", option])
+        train.check_arguments(args)
+        assert args.gradient_checkpointing == needed
+
+
 # ------------------------------------------------------------ one byte a number
 
 

@@ -163,9 +163,8 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     # all weights learn at once, and fast enough that fifty steps show something.
     toy = args.manifest is None
     args.full = toy if args.full is None else args.full
-    usual = {"batch": 16 if toy else 1,
-             "gradient_checkpointing": not toy or args.offload != "none",  # which needs it
-             "optimizer": "muon" if toy and args.full else "adamw"}
+    usual = {"batch": 16 if toy else 1, "optimizer": "muon" if toy and args.full else "adamw",
+             "gradient_checkpointing": not toy or args.offload != "none"}  # which needs it
     vars(args).update({k: v for k, v in usual.items() if getattr(args, k) is None})
     return args
 

@@ -8,6 +8,7 @@ import base64
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import tempfile
 import time
@@ -31,13 +32,15 @@ class Browser:
         mine_in, its_out = self._pipe()
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
                  "--remote-debugging-pipe", f"--user-data-dir={self.folder.name}", "about:blank"]
-        # The protocol's pipes are number 3 and 4. As root Chromium gives itself real-time priority;
-        # on a busy machine it was seen to spin with it and to stop all else, so it may not.
-        script = ('if [ $UID = 0 ] && command -v setpriv > /dev/null; '
-                  'then set -- --bounding-set=-sys_nice "$0" "$@"; set -- setpriv "$@"; '
-                  f'else set -- "$0" "$@"; fi; exec "$@" 3<&{its_in} 4>&{its_out}')
-        self.process = subprocess.Popen(["bash", "-c", script, self.program, *flags],
-                                        pass_fds=(its_in, its_out), stderr=subprocess.DEVNULL)
+        # As root Chromium gives itself real-time priority; on a busy machine it was seen to spin
+        # with it and to stop all else, so it may not.
+        humble = os.geteuid() == 0 and shutil.which("setpriv")
+        prefix = ["setpriv", "--bounding-set=-sys_nice"] if humble else []
+        # The protocol's pipes are number 3 and 4.
+        script = f'exec "$0" "$@" 3<&{its_in} 4>&{its_out}'
+        line = ["bash", "-c", script, *prefix, self.program, *flags]
+        self.process = subprocess.Popen(line, pass_fds=(its_in, its_out),
+                                        stderr=subprocess.DEVNULL)
         os.close(its_in), os.close(its_out)
         self.out, self.into = os.fdopen(mine_out, "wb"), os.fdopen(mine_in, "rb")
         self.buffer = b""
